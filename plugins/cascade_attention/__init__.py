@@ -1,0 +1,1 @@
+"""``d2sd::CascadeAttention``, the one attention operator of the target and of both drafters."""

@@ -1,0 +1,54 @@
+"""``d2sd::CascadeAttention``: its schema, and how a PyTorch module emits it.
+
+| binding      | shape            | dtype       | meaning                                            |
+|--------------|------------------|-------------|----------------------------------------------------|
+| q            | [B, Hq, N, D]    | f32/f16/bf16| queries, rotated                                   |
+| k_new, v_new | [B, Hkv, T, D]   | as q        | keys and values of this call; Hkv divides Hq       |
+| past_k, past_v | [B, Hkv, C, D] | as q        | cache buffers, finite everywhere                   |
+| past_lengths | [B]              | int64       | rows of the cache in use, 0 to C                   |
+| mask         | [B, N, T]        | bool        | true where query n sees new key t                  |
+| out          | [B, Hq, N, D]    | as q        | zero where a query sees no key                     |
+
+Attribute ``scale`` (float) multiplies the scores. One operator serves prefill (causal mask), tree verification
+(ancestor mask), a DFlash block (all ones) and K redraft branches (block-diagonal).
+"""
+
+import onnx
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from plugins.cascade_attention import function_body, reference
+
+DOMAIN, NAME, VERSION = function_body.DOMAIN, function_body.CascadeAttention.name, function_body.VERSION
+
+
+def cascade_attention(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_lengths: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """Emit the operator while a graph is exported, compute it otherwise. Arguments as in the table."""
+    if torch.onnx.is_in_onnx_export():
+        inputs = (q, k_new, v_new, past_k, past_v, past_lengths, mask)
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{NAME}", inputs, {"scale": scale}, dtype=q.dtype, shape=q.shape, version=VERSION
+        )
+    if past_k.shape[2] == 0:  # training: one level is left, which PyTorch has a fused kernel for
+        return scaled_dot_product_attention(q, k_new, v_new, mask[:, None], scale=scale, enable_gqa=True)
+    return reference.cascade_attention(q, k_new, v_new, past_k, past_v, past_lengths, mask, scale)
+
+
+def add_function_body(model: onnx.ModelProto) -> None:
+    """Append the operator's body to a model that uses it, so that any ONNX runtime can inline it.
+
+    A runtime with a kernel of its own (TensorRT's parser with ENABLE_PLUGIN_OVERRIDE) takes that instead.
+    """
+    model.functions.append(function_body.CascadeAttention.to_function_proto())
+    if DOMAIN not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
