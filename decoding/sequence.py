@@ -1,0 +1,76 @@
+"""One request's tokens on their way to an answer."""
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoding.modes import ModeName
+from decoding.sampling import Sampling
+
+Finish = Literal["end", "length", "stop", "cancelled"]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what has been committed behind it.
+
+    Attributes:
+        tokens: the prompt, then the committed answer. The last one is the anchor: its successor is unknown, and it is not
+            in any KV cache.
+        max_tokens: the answer ends when it has as many.
+        end_ids: the answer ends with the first of these, which belongs to it.
+        features: ``[m, F]`` target features of the m tokens that the drafters have not seen yet.
+        cycles: target passes spent on the answer.
+        finish: why the answer ended, or None.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    end_ids: frozenset[int] = frozenset()
+    mode: ModeName | None = None
+    tokens: list[int] = field(init=False)
+    features: NDArray[np.float32] | None = field(init=False, default=None)
+    cycles: int = field(init=False, default=0)
+    finish: Finish | None = field(init=False, default=None)
+    rng: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt: found no token, allowed: one at least")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: found {self.max_tokens}, allowed: 1 or more")
+        self.tokens = list(self.prompt)
+        self.rng = np.random.default_rng(self.sampling.seed)
+
+    @property
+    def anchor(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        """Of the anchor, which is also the number of tokens committed before it."""
+        return len(self.tokens) - 1
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    def draft_rng(self) -> np.random.Generator:
+        """For what a mode draws while drafting. The request's own numbers are for the target's choices alone."""
+        return np.random.default_rng((self.sampling.seed, len(self.tokens)))
+
+    def commit(self, tokens: Ids[int]) -> int:
+        """Append committed tokens, up to the one that ends the answer. Returns how many were appended."""
+        for count, token in enumerate(tokens, 1):
+            self.tokens.append(token)
+            if token in self.end_ids:
+                self.finish = "end"
+            elif len(self.tokens) - len(self.prompt) >= self.max_tokens:
+                self.finish = "length"
+            if self.finish:
+                return count
+        return len(tokens)
