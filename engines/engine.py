@@ -1,0 +1,187 @@
+"""A compiled graph with the KV caches of its sequences, whatever runs it; the target and the drafters on top of that."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.kv_cache import Buffer, KVCache, capacity_for, gather
+
+# Query tokens of a call are padded up to one of these, so that a runtime meets few shapes and has its kernels ready.
+SIZES = (1, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What the manifest says of a graph.
+
+    Attributes:
+        layers, kv_heads, head_dim: of its KV cache.
+        feature_width: F. vocabulary: V. mask_id: of a drafter, -1 for a target.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    feature_width: int
+    vocabulary: int
+    mask_id: int = -1
+
+    @property
+    def cache_bindings(self) -> list[str]:
+        """``k_0, v_0, k_1, …``: behind ``past_`` the caches that a call reads, behind ``new_`` the rows that it makes."""
+        return [f"{kind}_{layer}" for layer in range(self.layers) for kind in "kv"]
+
+
+class Engine(ABC):
+    """A graph, the cache of the running sequences, and that of the one whose prompt is being taken in."""
+
+    def __init__(self, info: GraphInfo) -> None:
+        self.info = info
+        self.running: KVCache | None = None
+        self.joining = self._empty()
+
+    @abstractmethod
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        """Memory for a binding."""
+
+    @abstractmethod
+    def call(self, cache: KVCache, inputs: dict[str, NDArray]) -> tuple[dict[str, NDArray], list[NDArray]]:
+        """Run the graph over the sequences of a cache.
+
+        Args:
+            inputs: every binding but the caches and ``past_lengths``.
+
+        Returns:
+            The outputs, and the new K/V rows ``[B, Hkv, T, D]`` of each buffer; the next call overwrites both.
+        """
+
+    def prefill(self, inputs: dict[str, NDArray], rows: int) -> dict[str, NDArray]:
+        """Run over the joining sequence and keep the first ``rows`` rows."""
+        self.joining = self.joining.fitting(int(self.joining.lengths[0]) + rows)
+        outputs, new = self.call(self.joining, inputs)
+        if rows:
+            self.joining.append(0, new, range(rows))
+        return outputs
+
+    def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
+        """Run over the running sequences."""
+        assert self.running is not None
+        outputs, self._new = self.call(self.running, inputs)
+        return outputs
+
+    def keep(self, rows: Sequence[Sequence[int]]) -> None:
+        """Write the given rows of the last run's new K/V behind the cache of each running sequence."""
+        assert self.running is not None
+        self.running = self.running.fitting(max(int(n) + len(r) for n, r in zip(self.running.lengths, rows, strict=True)))
+        for sequence, chosen in enumerate(rows):
+            if chosen:
+                self.running.append(sequence, self._new, chosen)
+
+    def join(self) -> None:
+        """Make the joining sequence the last of the running ones."""
+        if self.running is None:
+            self.running = self.joining
+        else:
+            self.running = gather([*((self.running, b) for b in range(len(self.running.lengths))), (self.joining, 0)])
+        self.joining = self._empty()
+
+    def leave(self, sequence: int) -> None:
+        """Drop one of the running sequences; those behind it move up."""
+        assert self.running is not None
+        rest = [(self.running, b) for b in range(len(self.running.lengths)) if b != sequence]
+        self.running = gather(rest) if rest else None
+
+    def reset(self) -> None:
+        """Drop all sequences."""
+        self.running, self.joining = None, self._empty()
+
+    def _empty(self) -> KVCache:
+        info = self.info
+        return KVCache(2 * info.layers, info.kv_heads, info.head_dim, 1, capacity_for(0), self.allocate)
+
+
+def padded(n: int) -> int:
+    """The size that a call of n query tokens is padded to."""
+    return next((size for size in SIZES if size >= n), -(-n // SIZES[-1]) * SIZES[-1])
+
+
+def pad(array: NDArray, *sizes: int) -> NDArray:
+    """Zero-pad the axes behind the first to ``sizes``."""
+    if array.shape[1:] == sizes:
+        return array
+    out = np.zeros((array.shape[0], *sizes), dtype=array.dtype)
+    out[tuple(slice(had) for had in array.shape)] = array
+    return out
+
+
+class Sequences:
+    """What a model over an engine hands through: which sequences there are."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.join, self.leave, self.reset = engine.join, engine.leave, engine.reset
+
+
+class Target(Sequences):
+    """The target over an engine. Method contracts: ``decoding/engines.py``."""
+
+    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Floats:
+        n = token_ids.shape[1]
+        return self.engine.prefill(self._inputs(token_ids, positions, mask), n)["features"][:, :n]
+
+    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> tuple[Floats, Floats]:
+        n = token_ids.shape[1]
+        out = self.engine.run(self._inputs(token_ids, positions, mask))
+        return out["logits"][:, :n], out["features"][:, :n]
+
+    def keep(self, rows: Sequence[Sequence[int]]) -> None:
+        self.engine.keep(rows)
+
+    def _inputs(self, token_ids: Ints, positions: Ints, mask: Bools) -> dict[str, NDArray]:
+        n = padded(token_ids.shape[1])
+        return {"token_ids": pad(token_ids, n), "positions": pad(positions, n), "mask": pad(mask, n, n)}
+
+
+class Drafter(Sequences):
+    """A drafter over an engine. Method contracts: ``decoding/engines.py``."""
+
+    @property
+    def mask_id(self) -> int:
+        return self.engine.info.mask_id
+
+    @property
+    def feature_width(self) -> int:
+        return self.engine.info.feature_width
+
+    def prefill(self, features: Floats) -> None:
+        rows = features.shape[1]
+        token = np.full((1, 1), self.mask_id, dtype=np.int64)  # the graph demands a block; what it makes of it is dropped
+        inputs = self._inputs(features, np.array([rows]), token, np.zeros((1, 1), np.int64), np.ones((1, 1, 1), bool))
+        self.engine.prefill(inputs, rows)
+
+    def forward(
+        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
+    ) -> tuple[Ints, Floats]:
+        n = block_ids.shape[1]
+        out = self.engine.run(self._inputs(features, feature_lengths, block_ids, positions, mask))
+        self.engine.keep([range(length) for length in feature_lengths.tolist()])
+        return out["tokens"][:, :n], out["confidences"][:, :n]
+
+    def _inputs(
+        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
+    ) -> dict[str, NDArray]:
+        n, m = padded(block_ids.shape[1]), padded(features.shape[1])
+        valid = np.arange(m) < feature_lengths[:, None]
+        return {
+            "features": pad(features, m, self.feature_width),
+            "block_ids": pad(block_ids, n),
+            "positions": pad(positions, n),
+            "mask": np.concatenate([np.broadcast_to(valid[:, None], (len(valid), n, m)), pad(mask, n, n)], axis=2),
+        }

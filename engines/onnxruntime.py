@@ -1,0 +1,161 @@
+"""Engines on ONNX Runtime: its CUDA, OpenVINO and CPU providers."""
+
+import ctypes
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.engine import Engine, GraphInfo
+from engines.kv_cache import Buffer, KVCache
+
+Provider = Literal["cuda", "openvino", "cpu"]
+OPENVINO = "OpenVINOExecutionProvider"
+BINDINGS = 4  # shapes whose outputs are kept; a target's logits are tens of megabytes
+
+
+class EngineError(RuntimeError):
+    """An engine cannot be loaded here; the message says what is missing."""
+
+
+def available(provider: Provider) -> bool:
+    """Whether a provider can be used on this machine."""
+    if provider == "openvino":
+        return _openvino_device() is not None
+    return {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[provider] in ort.get_available_providers()
+
+
+def choose(providers: Sequence[Provider], precision: str) -> tuple[Provider, str]:
+    """Return the first provider that is present, and the precision that ``auto`` means for it.
+
+    Raises:
+        EngineError: none is present, or the precision is not to be had from it.
+    """
+    provider = next((p for p in providers if available(p)), None)
+    if provider is None:
+        raise EngineError(f"engine.providers: none of {', '.join(providers)} is installed here; install d2sd-triton[cpu]")
+    if precision == "auto":
+        precision = "bf16" if provider == "openvino" and _has_amx() else "f32"
+    if precision == "bf16" and provider != "openvino":
+        raise EngineError(f"engine.precision: found bf16, allowed with the {provider} provider: f32")
+    return provider, precision
+
+
+def _has_amx() -> bool:
+    """Whether the CPU multiplies bf16 in tiles. Without them OpenVINO's bf16 is slower than its f32 from 16 rows on,
+    though it calls the CPU able (docs/engines.md)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+
+
+def _openvino_device() -> Any:
+    """OpenVINO's CPU device, its plugin registered; None if it is not installed."""
+    try:
+        import onnxruntime_ep_openvino
+    except ImportError:
+        return None
+    devices = [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO]
+    if not devices:
+        ort.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
+        devices = [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO]
+    return next((d for d in devices if d.ep_metadata.get("ov_device") == "CPU"), None)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A call of one shape on one cache, bound once: its inputs are written in place before each run."""
+
+    cache: KVCache
+    io: ort.IOBinding
+    inputs: dict[str, NDArray]
+    outputs: dict[str, NDArray]
+    new: list[NDArray]
+    held: list[Buffer]  # a binding does not keep its values alive
+
+
+class OnnxRuntimeEngine(Engine):
+    """A graph in ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file.
+        provider, precision: as ``choose`` returned them.
+        threads: of the CPU; 0 takes all cores.
+    """
+
+    def __init__(self, path: Path, info: GraphInfo, provider: Provider, precision: str, threads: int = 0) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self._memory: Any = None
+        if provider == "openvino":
+            device = _openvino_device()
+            # OpenVINO reads in place only what its own allocator gave; other memory is copied when it is bound.
+            self._memory = device.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
+            cpu = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.intra_op_num_threads}
+            options.add_provider_for_devices([device], {"load_config": json.dumps({"CPU": cpu})})
+            self.session = ort.InferenceSession(path, options)
+        else:
+            names = {"cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu": ["CPUExecutionProvider"]}
+            self.session = ort.InferenceSession(path, options, providers=names[provider])
+        self._bindings: OrderedDict[Any, Binding] = OrderedDict()
+        super().__init__(info)
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        if self._memory is None:
+            array = np.empty(shape, dtype)
+            return Buffer(array, ort.OrtValue.ortvalue_from_numpy(array))
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, memory_info=self._memory)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = memoryview((ctypes.c_char * size).from_address(value.data_ptr()))
+        return Buffer(np.frombuffer(memory, np.dtype(dtype)).reshape(shape), value)
+
+    def call(self, cache: KVCache, inputs: dict[str, NDArray]) -> tuple[dict[str, NDArray], list[NDArray]]:
+        key = (id(cache), *(value.shape for value in inputs.values()))
+        binding = self._bindings.pop(key, None) or self._bind(cache, inputs)
+        self._bindings[key] = binding
+        if len(self._bindings) > BINDINGS:
+            self._bindings.popitem(last=False)
+        for name, value in inputs.items():
+            binding.inputs[name][...] = value
+        binding.inputs["past_lengths"][...] = cache.lengths
+        self.session.run_with_iobinding(binding.io)
+        return binding.outputs, binding.new
+
+    def _bind(self, cache: KVCache, inputs: dict[str, NDArray]) -> Binding:
+        """Make room for the inputs and outputs of a call of this shape and bind it all."""
+        for key in [k for k, b in self._bindings.items() if b.cache is not self.running and b.cache is not self.joining]:
+            del self._bindings[key]
+        io = self.session.io_binding()
+        given = {name: self.allocate(value.shape, value.dtype.type) for name, value in inputs.items()}
+        given["past_lengths"] = self.allocate(cache.lengths.shape, np.int64)
+        given |= {f"past_{name}": buffer for name, buffer in zip(self.info.cache_bindings, cache.buffers, strict=True)}
+        sizes: dict[str | int, int] = {}
+        for value in self.session.get_inputs():
+            io.bind_ortvalue_input(value.name, given[value.name].value)
+            sizes.update(zip(value.shape, given[value.name].array.shape, strict=True))
+        made = {
+            value.name: self.allocate(tuple(sizes.get(d, d) for d in value.shape), NUMPY[value.type])
+            for value in self.session.get_outputs()
+        }
+        for name, buffer in made.items():
+            io.bind_ortvalue_output(name, buffer.value)
+        new = [made.pop(f"new_{name}") for name in self.info.cache_bindings]
+        return Binding(
+            cache,
+            io,
+            {name: given[name].array for name in (*inputs, "past_lengths")},
+            {name: buffer.array for name, buffer in made.items()},
+            [buffer.array for buffer in new],
+            [*given.values(), *made.values(), *new],
+        )
+
+
+NUMPY: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(bool)": np.bool_}

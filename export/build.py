@@ -1,0 +1,170 @@
+"""``python export/build.py pipeline.yaml``: compile a pipeline into engines and a Triton model repository.
+
+Each engine lies in a folder of its own, with the key of all that it was made from, and appears there whole or not at all:
+what has its key already is left alone, and an interrupted build goes on where it was.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, get_args
+
+from export.config import Backend, Pipeline, UserError, load
+from export.repository import write_repository
+
+if TYPE_CHECKING:
+    from export.sources import Sources
+
+GRAPHS = ("target", "first", "second")
+ROOT = Path(__file__).resolve().parent.parent
+# What an exported graph follows from, besides its checkpoints.
+SOURCES = ("export/target.py", "export/drafter.py", "export/onnx_export.py", "plugins/cascade_attention/op.py")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+
+
+class BuildError(UserError):
+    """The pipeline cannot be built; the message says why and what to do."""
+
+
+def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool = False) -> None:
+    """Bring ``output`` up to date with a pipeline.
+
+    Args:
+        only: build this graph alone. force: build again what is up to date.
+
+    Raises:
+        BuildError, CheckpointError: with one clear line.
+    """
+    from export.sources import open_sources  # PyTorch takes seconds that --help and a bad file need not wait for
+
+    began = time.monotonic()
+    sources = open_sources(pipeline)
+    keys = {graph: _key(sources, graph) for graph in GRAPHS}
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        (output / "manifest.json").unlink(missing_ok=True)  # until the build is whole
+        for number, graph in enumerate(GRAPHS, 1):
+            place = output / "engines" / graph
+            label = f"[{number}/{len(GRAPHS)}] {graph}"
+            if only not in (None, graph):
+                continue
+            if not force and _stored(place).get("key") == keys[graph]:
+                print(f"{label}: up to date", flush=True)
+                continue
+            print(f"{label}: exporting …", flush=True)
+            start = time.monotonic()
+            with replacing(place) as partial:
+                info = sources.export(graph, partial / "model.onnx")
+                write_json(partial / "graph.json", {"key": keys[graph], "info": asdict(info)})
+            print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
+        stale = [graph for graph in GRAPHS if _stored(output / "engines" / graph).get("key") != keys[graph]]
+        if stale:
+            print(f"still to be built before this can be served: {', '.join(stale)}")
+            return
+        with replacing(output / "model_repository") as partial:
+            write_repository(partial)
+        with replacing(output / "tokenizer") as partial:
+            sources.copy_tokenizer(partial)
+        write_json(output / "manifest.json", _manifest(pipeline, sources, output))
+    print(f"{output}: ready after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _key(sources: "Sources", graph: str) -> str:
+    """SHA-256 of all that a graph follows from."""
+    made_from = {
+        "checkpoints": sources.fingerprints(graph),
+        "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _stored(place: Path) -> dict[str, Any]:
+    """What a built graph says of itself; empty if it is not there."""
+    try:
+        return json.loads((place / "graph.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _manifest(pipeline: Pipeline, sources: "Sources", output: Path) -> dict[str, Any]:
+    """All that the server needs to know."""
+    return {
+        "graphs": {graph: _stored(output / "engines" / graph) for graph in GRAPHS},
+        "end_ids": sources.end_ids,
+        "decoding": pipeline.decoding.model_dump() | {"block_size": sources.block_size},
+        "engine": pipeline.engine.model_dump(),
+        "limits": pipeline.limits.model_dump(),
+        "triton": pipeline.triton.model_dump(),
+    }
+
+
+@contextmanager
+def replacing(place: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of another when the block ends, and is dropped if it fails."""
+    partial, old = place.with_name(f".{place.name}.partial"), place.with_name(f".{place.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if place.exists():
+        place.rename(old)
+    partial.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[IO[str]]:
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildError(f"{output}: another build is writing here; wait for it or name another --output") from None
+        yield lock
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.rename(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python export/build.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("pipeline", type=Path, help="the pipeline.yaml")
+    parser.add_argument("--output", type=Path, default=Path("build"), help="folder of the build (default: build/)")
+    parser.add_argument("--backend", choices=get_args(Backend), help="overrides engine.backend")
+    parser.add_argument("--only", choices=GRAPHS, metavar="GRAPH", help=f"build one graph alone: {', '.join(GRAPHS)}")
+    parser.add_argument("--force", action="store_true", help="build again what is up to date")
+    args = parser.parse_args(arguments)
+    try:
+        pipeline = load(args.pipeline)
+        if args.backend:
+            engine = pipeline.engine.model_copy(update={"backend": args.backend})
+            pipeline = pipeline.model_copy(update={"engine": engine})
+        build(pipeline, args.output, args.only, args.force)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

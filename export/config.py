@@ -1,0 +1,190 @@
+"""``pipeline.yaml``: the one configuration file, validated when it is read.
+
+``python -m export.config`` prints its JSON schema, published as ``docs/pipeline.schema.json`` for editors.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from decoding.modes import ModeName, Redraft, Selection
+
+Backend = Literal["onnxruntime"]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done; the message says why and what to do, and is all that a user needs to see."""
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; the message has a line for each reason."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TargetSection(Section):
+    """The language model whose answers are served."""
+
+    checkpoint: str = Field(
+        min_length=1,
+        description="a Hugging Face id, a directory, a .gguf file, or wheel:NAME==VERSION/PATH of a .gguf in a wheel",
+    )
+    revision: str | None = Field(None, description="commit or tag of a Hugging Face id")
+
+
+class DraftersSection(Section):
+    """Checkpoints in the public DFlash format: a directory or a Hugging Face id."""
+
+    first: str = Field(min_length=1, description="DFlash, which drafts the block")
+    second: str = Field(min_length=1, description="the VP-Drafter, which redrafts the branches")
+
+
+class DecodingSection(Section):
+    """How a cycle drafts and verifies (DESIGN §2)."""
+
+    mode: ModeName = "d2sd"
+    block_size: int | None = Field(None, ge=2, le=64, description="γ; left out: what the first drafter was trained with")
+    branches: int = Field(4, ge=1, le=16, description="K, redrafted branches a cycle")
+    selection: Selection = Field(
+        "confidence", description="how the K boundaries are chosen: the likeliest rejections, or any with equal chance"
+    )
+    redraft: Redraft = Field("exclusive", description="whether a branch may repeat the token whose rejection it is there for")
+
+
+class EngineSection(Section):
+    """What the graphs are compiled for."""
+
+    backend: Backend = "onnxruntime"
+    providers: list[Literal["cuda", "openvino", "cpu"]] = Field(
+        ["cuda", "openvino", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
+    )
+    precision: Literal["auto", "f32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies bf16 matrices (AMX, GPU), else f32"
+    )
+
+
+class LimitsSection(Section):
+    sequences: int = Field(4, ge=1, le=256, description="decoded together")
+    length: int = Field(2048, ge=16, le=1_048_576, description="tokens of a prompt and its answer")
+    max_tokens: int = Field(256, ge=1, description="length of an answer whose request names none, as far as there is room")
+
+
+class TritonSection(Section):
+    host: str = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    metrics_port: Port = 8002
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "TritonSection":
+        ports = [p for p in (self.http_port, self.grpc_port, self.metrics_port) if p]
+        if len(set(ports)) < len(ports):
+            raise ValueError("http_port, grpc_port and metrics_port must differ")
+        return self
+
+
+class TrainingSection(Section):
+    """How ``training/`` makes drafters for this target."""
+
+    corpus: str = Field("build/corpus.jsonl", description="the target's answers, JSONL; written by training.corpus")
+    prompts: list[str] = Field([], description="JSONL files of prompts; none: the target invents its own")
+    evaluation_prompts: list[str] = Field([], description="JSONL files that no training prompt may overlap")
+    layers: int = Field(4, ge=1, le=32, description="layers of a drafter")
+    target_layer_ids: list[int] | None = Field(None, description="left out: spread over the target as DFlash does")
+    block_size: int = Field(8, ge=2, le=64, description="γ")
+    draft_vocabulary: int | None = Field(None, ge=2, description="most frequent tokens kept in the draft head")
+    beta: float = Field(0.8, gt=0, le=1, description="β of the VP objective: Pr(l = j) ∝ β^j")
+    tau: float = Field(4.0, gt=0, description="τ: place k weighs exp(-(k - l - 1)/τ)")
+    rejections: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of VP blocks kept up to the first drafter's real rejection, its token banned",
+    )
+    steps: int = Field(2000, ge=1)
+    blocks: int = Field(512, ge=1, description="blocks a pass, on each device")
+    anchors: int = Field(64, ge=1, description="blocks an answer, at most")
+    accumulate: int = Field(1, ge=1, description="passes whose gradients are summed into a step")
+    learning_rate: float = Field(2e-3, gt=0, description="of Muon, which trains the matrices")
+    average: float = Field(0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is saved")
+    seed: int = 0
+
+
+class Pipeline(Section):
+    """One deployment: a target, its drafters, and how they are compiled and served."""
+
+    target: TargetSection
+    drafters: DraftersSection
+    decoding: DecodingSection = DecodingSection()
+    engine: EngineSection = EngineSection()
+    limits: LimitsSection = LimitsSection()
+    triton: TritonSection = TritonSection()
+    training: TrainingSection = TrainingSection()
+
+
+def load(path: Path) -> Pipeline:
+    """Read and validate a pipeline file.
+
+    Raises:
+        ConfigError: naming each bad key by its path, with what was found and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: found {raw!r}, allowed: a mapping with {', '.join(Pipeline.model_fields)}")
+    try:
+        return Pipeline.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(issue) for issue in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _explain(issue: Any) -> str:
+    """One line: the key's path, what was found, what is allowed."""
+    where = ".".join(str(part) for part in issue["loc"]) or "the file"
+    kind, context, found = issue["type"], issue.get("ctx", {}), issue["input"]
+    if kind == "extra_forbidden":
+        section = _section(issue["loc"][:-1])
+        return f"{where}: unknown key; allowed: {', '.join(section.model_fields)}"
+    if kind == "missing":
+        about = _section(issue["loc"][:-1]).model_fields[issue["loc"][-1]].description
+        return f"{where}: missing, required" + (f" ({about})" if about else "")
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+    elif kind == "value_error":
+        allowed = str(context["error"])
+    else:
+        allowed = issue["msg"].removeprefix("Input should be ")
+    return f"{where}: found {json.dumps(found, default=repr)}, allowed: {allowed}"
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Pipeline
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return model
+
+
+def schema() -> str:
+    """The JSON schema of ``pipeline.yaml``, as text."""
+    return json.dumps(Pipeline.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

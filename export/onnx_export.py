@@ -1,0 +1,119 @@
+"""A graph's module → one ONNX file that every runtime reads, the operator's body inside."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from export.drafter import Drafter
+from export.target import Target
+from plugins.cascade_attention.op import add_function_body
+
+OPSET = 18
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+# The dynamic axes by name; a runtime sizes its outputs by them. T is what a query can see among the new keys.
+TARGET_AXES = {
+    "token_ids": "BN",
+    "positions": "BN",
+    "mask": "BNT",
+    "past_lengths": "B",
+    "logits": "BN",
+    "features": "BN",
+}
+DRAFTER_AXES = {
+    "features": "BM",
+    "block_ids": "BN",
+    "positions": "BN",
+    "mask": "BNT",
+    "past_lengths": "B",
+    "tokens": "BN",
+    "confidences": "BN",
+}
+
+
+def export_target(target: Target, path: Path) -> None:
+    """Write the target's graph (bindings: ``export/target.py``) to ``path``, its weights to ``path`` + ``.data``."""
+    config, batch, n = target.model.config, 2, 3
+    inputs = {
+        "token_ids": torch.zeros(batch, n, dtype=torch.int64),
+        "positions": torch.arange(n).repeat(batch, 1),
+        "mask": torch.ones(batch, n, n, dtype=torch.bool),
+        "past_lengths": torch.tensor([1, 2]),
+    }
+    _export(target, inputs, ["logits", "features"], TARGET_AXES, "N", config, path)
+
+
+def export_drafter(drafter: Drafter, config: PreTrainedConfig, path: Path) -> None:
+    """Write a drafter's graph (bindings: ``export/drafter.py``) to ``path``, its weights to ``path`` + ``.data``."""
+    batch, m, n = 2, 3, 4
+    inputs = {
+        "features": torch.zeros(batch, m, drafter.dflash.fc.in_features),
+        "block_ids": torch.zeros(batch, n, dtype=torch.int64),
+        "positions": torch.arange(n).repeat(batch, 1),
+        "mask": torch.ones(batch, n, m + n, dtype=torch.bool),
+        "past_lengths": torch.tensor([1, 2]),
+    }
+    _export(drafter, inputs, ["tokens", "confidences"], DRAFTER_AXES, "M", config, path)
+
+
+def _export(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    outputs: list[str],
+    axes: dict[str, str],
+    new_axis: str,
+    config: PreTrainedConfig,
+    path: Path,
+) -> None:
+    """Export, the K/V bindings of each layer added to inputs and outputs; ``new_axis`` counts the new rows."""
+    layers, capacity = config.num_hidden_layers, 5
+    shape = (len(inputs["past_lengths"]), config.num_key_value_heads, capacity, config.head_dim)
+    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+    cached = [f"{kind}_{layer}" for layer in range(layers) for kind in "kv"]
+    dynamic = [dict.fromkeys(range(tensor.ndim), DYNAMIC) for tensor in inputs.values()]
+    if "features" in inputs:
+        dynamic[0] = {0: DYNAMIC, 1: DYNAMIC}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            (*inputs.values(), past),
+            dynamic_shapes=(*dynamic, [({0: DYNAMIC, 2: DYNAMIC},) * 2] * layers),
+            input_names=[*inputs, *(f"past_{name}" for name in cached)],
+            output_names=[*outputs, *(f"new_{name}" for name in cached)],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=True)
+    model = onnx.load(path, load_external_data=False)
+    named = axes | {f"past_{name}": "B C" for name in cached} | {f"new_{name}": f"B {new_axis}" for name in cached}
+    for value in (*model.graph.input, *model.graph.output):
+        for dim, axis in zip(value.type.tensor_type.shape.dim, named[value.name], strict=False):
+            if axis != " ":
+                dim.dim_param = axis
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces, with this machine's paths
+    add_function_body(model)
+    onnx.save(model, path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what is none of the user's doing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,109 @@
+"""The checkpoints of a pipeline, opened, checked against each other, and exported graph by graph."""
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from engines.engine import GraphInfo
+from export import checkpoints
+from export.checkpoints import CheckpointError, DrafterCheckpoint
+from export.config import Pipeline
+from export.drafter import Drafter
+from export.onnx_export import export_drafter, export_target
+from export.target import Target
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a pipeline is compiled from.
+
+    Attributes:
+        folder: of the target. drafters: ``first`` and ``second``.
+        built: the same, between the target's embedding and head, with the id that stands for a mask.
+        block_size: γ.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    drafters: dict[str, DrafterCheckpoint]
+    built: dict[str, tuple[Drafter, int]]
+    block_size: int
+
+    @cached_property
+    def _target_hash(self) -> str:
+        return checkpoints.fingerprint(self.folder)
+
+    def fingerprints(self, graph: str) -> list[str]:
+        """Of what a graph is made of: the target's own, and a drafter's or the layers that the target shows to them."""
+        if graph == "target":
+            return [self._target_hash, str(self.drafters["first"].target_layer_ids)]
+        return [self._target_hash, checkpoints.fingerprint(self.drafters[graph].path)]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer, by the target's generation config, else its config."""
+        path = self.folder / "generation_config.json"
+        raw = checkpoints.read_json(path, f"target {self.folder}") if path.exists() else {}
+        ids = raw.get("eos_token_id", self.config.eos_token_id)
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    def export(self, graph: str, path: Path) -> GraphInfo:
+        """Write a graph's ONNX file and say what its engine needs to know of it."""
+        if graph == "target":
+            layer_ids = self.drafters["first"].target_layer_ids
+            export_target(Target(checkpoints.load_target(self.folder), layer_ids), path)
+            config, mask_id = self.config, -1
+        else:
+            drafter, mask_id = self.built[graph]
+            config = self.drafters[graph].config
+            export_drafter(drafter, config, path)
+        return GraphInfo(
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            feature_width=self.config.hidden_size * len(self.drafters["first"].target_layer_ids),
+            vocabulary=self.config.vocab_size,
+            mask_id=mask_id,
+        )
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).exists():
+                shutil.copy(self.folder / name, folder)
+
+
+def open_sources(pipeline: Pipeline) -> Sources:
+    """Find and check all checkpoints of a pipeline.
+
+    Raises:
+        CheckpointError: one is missing or broken, or they do not fit each other.
+    """
+    folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
+    config = checkpoints.target_config(folder)
+    if pipeline.limits.length > config.max_position_embeddings:
+        raise CheckpointError(
+            f"limits.length: found {pipeline.limits.length}, allowed: up to {config.max_position_embeddings}, "
+            f"the positions that target {folder} knows"
+        )
+    references = {"first": pipeline.drafters.first, "second": pipeline.drafters.second}
+    drafters = {name: checkpoints.read_drafter(checkpoints.locate(path)) for name, path in references.items()}
+    first, second = drafters["first"], drafters["second"]
+    if first.target_layer_ids != second.target_layer_ids:
+        raise CheckpointError(
+            f"drafter {second.path}: reads target layers {second.target_layer_ids}, but the first drafter reads "
+            f"{first.target_layer_ids}; both are given the same features"
+        )
+    block_size = pipeline.decoding.block_size or first.block_size
+    for drafter in drafters.values():
+        if block_size > drafter.block_size:
+            raise CheckpointError(
+                f"drafter {drafter.path}: trained with blocks of {drafter.block_size}, but decoding.block_size is {block_size}"
+            )
+    embedding, head = checkpoints.target_embeddings(folder)
+    built = {name: checkpoints.build_drafter(drafter, config, embedding, head) for name, drafter in drafters.items()}
+    return Sources(folder, config, drafters, built, block_size)

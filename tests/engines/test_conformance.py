@@ -1,0 +1,132 @@
+"""One suite for every runtime that is present: decoding over compiled graphs gives transformers' own greedy answers."""
+
+import numpy as np
+import pytest
+import torch
+
+from decoding.cycle import PREFILL_CHUNK, Decoder
+from decoding.modes import MODES
+from decoding.sampling import Sampling
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence
+from engines import onnxruntime
+from engines.build_directory import BuildDirectory
+from engines.engine import SIZES, pad, padded
+from export.build import build
+from export.config import load
+from tests import tiny
+
+PROVIDERS = [provider for provider in ("cpu", "openvino", "cuda") if onnxruntime.available(provider)]
+
+
+@pytest.fixture(scope="module", params=[(a, p) for a in ("llama", "qwen3") for p in PROVIDERS], ids="-".join)
+def served(request, tmp_path_factory):
+    architecture, provider = request.param
+    root = tmp_path_factory.mktemp(architecture)
+    file = tiny.save_pipeline(root, architecture, provider)
+    build(load(file), root / "build")
+    return tiny.target(architecture), BuildDirectory.open(root / "build").load()
+
+
+def scheduler(engines, mode, slots=3):
+    return Scheduler(Decoder(*engines, block_size=6, branches=3, vocabulary=300), slots, mode)
+
+
+def generate(model, prompt, count):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+PROMPTS = [
+    np.random.default_rng(n).integers(0, 300, n).tolist() for n in (1, 2, 30, PREFILL_CHUNK, PREFILL_CHUNK + 1, 255, 300)
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_answers_are_transformers(served, mode):
+    """Prompts on both sides of every border: a chunk of the prefill, the smallest cache, and its growth in mid-answer."""
+    model, engines = served
+    running = scheduler(engines, mode)
+    sequences = [Sequence(prompt, 24) for prompt in PROMPTS]
+    for sequence in sequences:
+        running.add(sequence)
+    while running:
+        running.step()
+    assert [s.answer for s in sequences] == [generate(model, prompt, 24) for prompt in PROMPTS]
+
+
+def test_a_seed_gives_one_answer_in_every_mode_and_batch(served):
+    _, engines = served
+    answers = set()
+    for mode in MODES:
+        for slots in (1, 3):
+            running = scheduler(engines, mode, slots)
+            sequences = [Sequence(PROMPTS[2], 24, Sampling(0.8, 50, 0.95, seed)) for seed in range(3)]
+            for sequence in sequences:
+                running.add(sequence)
+            while running:
+                running.step()
+            answers.add(tuple(tuple(s.answer) for s in sequences))
+    assert len(answers) == 1
+
+
+def test_engines_start_afresh_after_a_reset(served):
+    model, engines = served
+    running = scheduler(engines, "d2sd")
+    running.add(Sequence(PROMPTS[5], 20))
+    running.step()
+    running.reset()
+    again = Sequence(PROMPTS[1], 8)
+    running.add(again)
+    while running:
+        running.step()
+    assert again.answer == generate(model, PROMPTS[1], 8)
+
+
+def test_the_cache_is_handed_over_without_a_copy(served):
+    """What is written into the cache's own memory is what the next call reads."""
+    _, (target, *_) = served
+    engine = target.engine
+    engine.reset()
+    target.prefill(np.array([[5, 6, 7]]), np.arange(3)[None], np.tri(3, dtype=bool)[None])
+    target.join()
+    one = (np.array([[8]]), np.array([[3]]), np.ones((1, 1, 1), bool))
+    before = target.forward(*one)[0].copy()
+    np.testing.assert_array_equal(target.forward(*one)[0], before)
+    binding = next(reversed(engine._bindings.values()))
+    for buffer in engine.running.buffers:
+        buffer.array[:, :, :3] = 0
+    assert np.abs(target.forward(*one)[0] - before).max() > 1e-3
+    assert next(reversed(engine._bindings.values())) is binding, "the call was bound anew"
+    engine.reset()
+
+
+def test_sizes():
+    assert [padded(n) for n in (1, 2, 5, 9, 128, 129, 300)] == [1, 4, 8, 16, 128, 256, 384]
+    assert list(SIZES) == sorted(SIZES)
+    assert pad(np.ones((2, 3, 1)), 4, 2).sum() == 6
+
+
+def test_a_provider_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(onnxruntime, "available", lambda provider: provider == "cpu")
+    assert onnxruntime.choose(["cuda", "openvino", "cpu"], "auto") == ("cpu", "f32")
+    with pytest.raises(onnxruntime.EngineError, match="none of cuda, openvino is installed here"):
+        onnxruntime.choose(["cuda", "openvino"], "auto")
+    with pytest.raises(onnxruntime.EngineError, match="found bf16, allowed with the cpu provider: f32"):
+        onnxruntime.choose(["cpu"], "bf16")
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_auto_precision_follows_the_hardware(monkeypatch, amx):
+    monkeypatch.setattr(onnxruntime, "available", lambda provider: True)
+    monkeypatch.setattr(onnxruntime, "_has_amx", lambda: amx)
+    assert onnxruntime.choose(["openvino"], "auto") == ("openvino", "bf16" if amx else "f32")
+    assert onnxruntime.choose(["openvino"], "f32") == ("openvino", "f32")

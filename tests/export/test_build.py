@@ -1,0 +1,154 @@
+"""Builds of a tiny pipeline: what is rebuilt, what is left alone, and what an interruption leaves behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engines.build_directory import BuildDirectory, BuildDirectoryError
+from export import build as builder
+from export.build import GRAPHS, BuildError, build, main
+from export.config import load
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    file = tiny.save_pipeline(root)
+    build(load(file), root / "build")
+    return root
+
+
+@pytest.fixture
+def pipeline(finished, tmp_path):
+    """A copy of a finished build and its checkpoints, to be changed."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(file.read_text().replace(str(finished), str(tmp_path)))
+    return tmp_path
+
+
+def stamps(root):
+    return {graph: (root / "build" / "engines" / graph / "model.onnx").stat().st_mtime_ns for graph in GRAPHS}
+
+
+def rebuilt(root, before):
+    after = stamps(root)
+    return [graph for graph in GRAPHS if after[graph] != before[graph]]
+
+
+def test_a_build_is_complete(finished):
+    manifest = BuildDirectory.open(finished / "build").manifest
+    assert list(manifest["graphs"]) == list(GRAPHS)
+    assert manifest["decoding"]["block_size"] == 6
+    assert manifest["end_ids"] == [1]
+    models = {path.name for path in (finished / "build" / "model_repository").iterdir()}
+    assert models == {"ensemble", "preprocessing", "d2sd", "postprocessing"}
+    assert not [path for path in (finished / "build").rglob("*") if path.name.endswith((".partial", ".old"))]
+
+
+def test_building_again_touches_nothing(pipeline, capsys):
+    before = stamps(pipeline)
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+    assert rebuilt(pipeline, before) == []
+    assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_a_changed_drafter_rebuilds_itself_alone(pipeline):
+    before = stamps(pipeline)
+    shutil.rmtree(pipeline / "second")
+    tiny.save_drafter(pipeline / "second", seed=7)
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+    assert rebuilt(pipeline, before) == ["second"]
+
+
+def test_a_changed_target_rebuilds_all(pipeline):
+    before = stamps(pipeline)
+    shutil.rmtree(pipeline / "target")
+    tiny.save_target(pipeline / "target", seed=3)
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+    assert rebuilt(pipeline, before) == list(GRAPHS)
+
+
+def test_an_option_of_the_server_rebuilds_no_graph(pipeline):
+    before = stamps(pipeline)
+    file = pipeline / "pipeline.yaml"
+    file.write_text(file.read_text().replace("branches: 3", "branches: 2"))
+    build(load(file), pipeline / "build")
+    assert rebuilt(pipeline, before) == []
+    assert BuildDirectory.open(pipeline / "build").manifest["decoding"]["branches"] == 2
+
+
+def test_force_and_only(pipeline):
+    before = stamps(pipeline)
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build", only="first", force=True)
+    assert rebuilt(pipeline, before) == ["first"]
+    BuildDirectory.open(pipeline / "build")
+
+
+def test_only_leaves_an_incomplete_build_unserved(pipeline, capsys):
+    shutil.rmtree(pipeline / "build")
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build", only="second")
+    assert "still to be built before this can be served: target, first" in capsys.readouterr().out
+    with pytest.raises(BuildDirectoryError, match=r"holds no complete build; run: python export/build.py"):
+        BuildDirectory.open(pipeline / "build")
+
+
+def test_an_engine_of_another_configuration_is_refused(pipeline):
+    graph = pipeline / "build" / "engines" / "first" / "graph.json"
+    graph.write_text(json.dumps(json.loads(graph.read_text()) | {"key": "of another"}))
+    with pytest.raises(BuildDirectoryError, match="engine first is of another configuration than the build"):
+        BuildDirectory.open(pipeline / "build")
+
+
+def test_a_failed_export_leaves_the_old_engine(pipeline, monkeypatch):
+    before = stamps(pipeline)
+
+    def fail(self, graph, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("export.sources.Sources.export", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(load(pipeline / "pipeline.yaml"), pipeline / "build", force=True)
+    assert rebuilt(pipeline, before) == []
+    assert not list((pipeline / "build" / "engines").glob(".*"))
+
+
+def test_a_killed_build_leaves_no_half_engine_and_goes_on(pipeline):
+    """A real process, killed while it exports."""
+    shutil.rmtree(pipeline / "build")
+    command = [sys.executable, str(ROOT / "export" / "build.py"), "pipeline.yaml"]
+    process = subprocess.Popen(command, cwd=pipeline, stdout=subprocess.DEVNULL)
+    partial = pipeline / "build" / "engines" / ".target.partial"
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (pipeline / "build" / "engines" / "target").exists()
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+    BuildDirectory.open(pipeline / "build")
+    assert not partial.exists()
+
+
+def test_two_builds_of_one_directory(pipeline):
+    with builder._alone(pipeline / "build"), pytest.raises(BuildError, match="another build is writing here"):
+        build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    file = tiny.save_pipeline(tmp_path)
+    file.write_text(file.read_text().replace("branches: 3", "branches: many"))
+    capsys.readouterr()
+    assert main([str(file), "--output", str(tmp_path / "build")]) == 1
+    error = capsys.readouterr().err
+    assert error == f'error: {file}: decoding.branches: found "many", allowed: a valid integer\n'
+    assert not (tmp_path / "build").exists()
