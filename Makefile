@@ -1,0 +1,44 @@
+# make demo: from a fresh machine to a streamed answer. make test: the suite. Both set up .venv themselves.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# The server that a PyPI package ships, alone and aside: what it depends on would pull our own packages back by years.
+TRITON := nvidia-pytriton==0.7.0
+# PyTorch gives and takes back tens of megabytes a step; glibc keeps them instead of asking the kernel each time.
+TRAINING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/python benchmarks/demo.py pipeline.yaml --output build
+
+test: $(VENV)/test.stamp lint
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/test.stamp lint
+	$(VENV)/bin/python -m pytest -m "not gpu"
+
+lint: $(VENV)/test.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/demo.stamp: pyproject.toml Makefile | $(VENV)/bin/python
+	@echo "installing into $(VENV); the first time this takes some minutes"
+	$(PIP) -e ".[cpu,export]"
+	@test -n "$$(command -v tritonserver)" || test -d $(VENV)/tritonserver || $(PIP) --no-deps --target $(VENV)/tritonserver $(TRITON)
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	@echo "installing what the tests need"
+	$(PIP) -e ".[cpu,export,train,dev]"
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,153 @@
+"""A request and its responses, in the two forms in which the service speaks: tensors (gRPC) and JSON (HTTP)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import numpy as np
+from tritonclient.utils import np_to_triton_dtype
+
+MODEL = "ensemble"
+ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of its steps
+
+
+class ServiceError(RuntimeError):
+    """The service refused a request or could not be reached; the message is its own."""
+
+
+class Message(TypedDict):
+    """A chat message."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is generated; what is None is left to the service.
+
+    Attributes:
+        max_tokens: length of the answer, at most.
+        temperature: 0 is greedy. top_k: 0 keeps all tokens. top_p: above 0 and at most 1.
+        seed: of the draws; the same request with the same seed has the same answer.
+        stop_words: texts, the first of which ends the answer and does not belong to it.
+        end_id: token that ends the answer instead of the target's own; -1 for the target's own.
+        mode: decoding mode instead of the pipeline's.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_words: Sequence[str] | None = None
+    end_id: int | None = None
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a response adds to an answer.
+
+    Attributes:
+        text: the new text. output_tokens: tokens of the answer so far. cycles: target passes so far.
+        finish_reason: empty while the answer grows; then end, length, stop or cancelled.
+    """
+
+    text: str
+    output_tokens: int
+    cycles: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Answer(Piece):
+    """A whole answer."""
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a target pass committed, on average."""
+        return self.output_tokens / self.cycles
+
+
+def join(pieces: Sequence[Piece]) -> Answer:
+    """Put the pieces of an answer together."""
+    if not pieces:
+        raise ServiceError("the service ended the stream without an answer")
+    last = pieces[-1]
+    return Answer("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason)
+
+
+DTYPES = {
+    "max_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "seed": np.uint64,
+    "end_id": np.int32,
+}
+
+
+def fields_of(prompt: str | Sequence[Message], options: Options, stream: bool) -> dict[str, Any]:
+    """The inputs that a request names: ``text_input`` for text, ``messages`` for a chat."""
+    named: dict[str, Any] = {"stream": stream}
+    if isinstance(prompt, str):
+        named["text_input"] = prompt
+    else:
+        named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
+    named |= {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def to_tensors(named: Mapping[str, Any], module: Any) -> list[Any]:
+    """The inputs as ``InferInput`` of a tritonclient module.
+
+    Raises:
+        ValueError: a number that its tensor cannot hold.
+    """
+    tensors = []
+    for name, value in named.items():
+        if isinstance(value, bool):
+            array = np.array([[value]])
+        elif name in DTYPES:
+            try:
+                array = np.array([[value]], dtype=DTYPES[name])
+            except OverflowError:
+                raise ValueError(f"{name}: found {value}, which does not fit {DTYPES[name].__name__}") from None
+        else:
+            texts = [value] if isinstance(value, str) else list(value)
+            array = np.array([[text.encode() for text in texts]], dtype=np.object_)
+        tensor = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
+def from_tensors(result: Any) -> Piece:
+    """A response of a gRPC stream."""
+
+    def value(name: str) -> Any:
+        return result.as_numpy(name).reshape(-1)[0]
+
+    return Piece(
+        value("text_output").decode(),
+        int(value("output_tokens")),
+        int(value("cycles")),
+        value("finish_reason").decode(),
+    )
+
+
+def from_json(line: str) -> Piece:
+    """A response of the HTTP endpoints.
+
+    Raises:
+        ServiceError: it is an error.
+    """
+    try:
+        body = json.loads(line)
+    except ValueError:
+        raise ServiceError(f"the service answered with something else than JSON: {line[:200]}") from None
+    if "error" in body:
+        raise ServiceError(body["error"].removeprefix(ENSEMBLE))
+    return Piece(body["text_output"], body["output_tokens"], body["cycles"], body["finish_reason"])

@@ -1,0 +1,293 @@
+"""A tiny random pipeline through a real Triton: every way to ask, every bad request, and answers that agree."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException
+
+from client import AsyncClient, Client, Options, ServiceError
+from export.build import build
+from export.config import load
+from tests import tiny
+from triton_repo import serve
+from triton_repo.serve import Ports, ServeError, Server
+
+ROOT = Path(__file__).resolve().parents[2]
+ANY = Ports(0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    file = tiny.save_pipeline(root)
+    build(load(file), root / "build")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(built):
+    with Server(built / "build", "127.0.0.1", ANY, log=built / "triton.log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+def client(server, protocol="grpc"):
+    port = server.ports.grpc if protocol == "grpc" else server.ports.http
+    return Client(f"127.0.0.1:{port}", protocol, timeout=60)
+
+
+def post(server, body, kind="generate"):
+    return httpx.post(f"http://127.0.0.1:{server.ports.http}/v2/models/ensemble/{kind}", json=body, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def reference(built):
+    """What transformers answers, as text up to the end token."""
+    model, tokenizer = tiny.target(), tiny.tokenizer()
+
+    def answer(text, count):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+TEXTS = ["the quick brown fox", "größer 日本語 🎉", "x", " " * 9, "word " * 60]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_answers_are_the_targets_streamed_or_not(server, reference, protocol, text):
+    asked = client(server, protocol)
+    whole = asked.generate(text, Options(max_tokens=40))
+    pieces = list(asked.stream(text, Options(max_tokens=40)))
+    assert whole.text == reference(text, 40)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].finish_reason == whole.finish_reason == ("length" if whole.output_tokens == 40 else "end")
+    assert [piece.finish_reason for piece in pieces[:-1]] == [""] * (len(pieces) - 1)
+    assert len(pieces) == pieces[-1].cycles == whole.cycles
+
+
+def test_requests_that_arrive_together(server, reference):
+    """More than there are places for, of different lengths and modes."""
+    asked = client(server)
+    modes = [None, None, None, "autoregressive", "dflash", "runner_up"]
+    jobs = [(TEXTS[i % len(TEXTS)], 5 + 7 * (i % 4), modes[i % len(modes)]) for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda job: asked.generate(job[0], Options(max_tokens=job[1], mode=job[2])), jobs))
+    assert [answer.text for answer in answers] == [reference(text, count) for text, count, _ in jobs]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_the_asynchronous_client(server, reference, protocol):
+    port = server.ports.grpc if protocol == "grpc" else server.ports.http
+    async with AsyncClient(f"127.0.0.1:{port}", protocol) as asked:
+        answers = await asyncio.gather(*(asked.generate(text, Options(max_tokens=12)) for text in TEXTS))
+        assert [answer.text for answer in answers] == [reference(text, 12) for text in TEXTS]
+        streamed = [piece.text async for piece in asked.stream(TEXTS[1], Options(max_tokens=12))]
+        assert "".join(streamed) == answers[1].text
+        with pytest.raises(ServiceError, match=r"top_p: found 0.0"):
+            await asked.generate("x", Options(top_p=0.0))
+
+
+def test_messages_go_through_the_chat_template(server):
+    asked = client(server)
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "größer?"}]
+    text = tiny.tokenizer().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert "<s>user\ngrößer?</s><s>assistant" in text
+    assert asked.generate(chat, Options(max_tokens=20)) == asked.generate(text, Options(max_tokens=20))
+
+
+def test_a_seed_repeats_an_answer_in_any_mode(server):
+    asked = client(server)
+    sampled = Options(max_tokens=30, temperature=1.0, top_k=40, top_p=0.95, seed=2**63)
+    first = asked.generate("seed", sampled)
+    for mode in ("autoregressive", "dflash", "d2sd"):
+        again = Options(max_tokens=30, temperature=1.0, top_k=40, top_p=0.95, seed=2**63, mode=mode)
+        assert asked.generate("seed", again).text == first.text
+    assert asked.generate("seed", Options(max_tokens=30, temperature=1.0, top_k=40, top_p=0.95, seed=1)).text != first.text
+
+
+def test_stop_words_and_end_id(server):
+    asked = client(server)
+    whole = asked.generate("stop here", Options(max_tokens=40)).text
+    assert len(whole) > 12
+    word = whole[8:10]
+    for answer in (
+        asked.generate("stop here", Options(max_tokens=40, stop_words=["never there", word])),
+        *[asked.stream("stop here", Options(max_tokens=40, stop_words=[word]))],
+    ):
+        text = answer.text if hasattr(answer, "text") else "".join(piece.text for piece in answer)
+        assert text == whole[: whole.find(word)]
+    ids = tiny.tokenizer()(whole, add_special_tokens=False)["input_ids"]
+    ended = asked.generate("stop here", Options(max_tokens=40, end_id=ids[0]))
+    assert ended.finish_reason == "end"
+
+
+def test_nvidias_own_client_call(server):
+    """The request of tensorrtllm_backend's README, field by field."""
+    body = {"text_input": "the", "max_tokens": 9, "bad_words": "", "stop_words": "", "pad_id": 2, "end_id": 1}
+    response = post(server, body)
+    assert response.status_code == 200
+    assert response.json()["text_output"] == client(server).generate("the", Options(max_tokens=9, end_id=1)).text
+    neutral = {
+        "beam_width": 1,
+        "repetition_penalty": 1.0,
+        "return_log_probs": False,
+        "stream": False,
+        "top_k": 1,
+        "top_p": 0.5,
+    }
+    assert post(server, body | neutral).json()["text_output"] == response.json()["text_output"]
+
+
+BAD = [
+    ({"text_input": ""}, "text_input: found an empty prompt"),
+    ({"max_tokens": 3}, "request has 0 inputs"),
+    ({"text_input": "x" * 600}, "prompt: found 600 tokens, allowed: up to 511"),
+    ({"text_input": "x", "max_tokens": 0}, "max_tokens: found 0, allowed: 1 or more"),
+    ({"text_input": "x", "max_tokens": -5}, "max_tokens: found -5, allowed: 1 or more"),
+    ({"text_input": "x", "max_tokens": 512}, "max_tokens: found 512 behind a prompt of 1, allowed: up to 511"),
+    ({"text_input": "x", "temperature": -1}, "temperature: found -1.0"),
+    ({"text_input": "x", "top_p": 0}, "top_p: found 0.0"),
+    ({"text_input": "x", "top_p": 1.01}, "top_p: found 1.0"),
+    ({"text_input": "x", "top_k": -2}, "top_k: found -2"),
+    ({"text_input": "x", "mode": "warp"}, "mode: found 'warp', allowed: d2sd, dflash"),
+    ({"text_input": "x", "bad_words": "no"}, "bad_words: found some, allowed: none"),
+    ({"text_input": "x", "repetition_penalty": 1.3}, "repetition_penalty: found 1.29"),
+    ({"text_input": "x", "beam_width": 4}, "beam_width: found 4, allowed: 1"),
+    ({"text_input": "x", "messages": "[]"}, "text_input: found beside messages"),
+    ({"messages": "{"}, "messages: not JSON"),
+    ({"messages": "[]"}, "messages: allowed: a JSON list of at least one object"),
+    ({"messages": '{"role": "user"}'}, "messages: allowed: a JSON list"),
+    ({"messages": '[{"role": "user"}]'}, "messages[0]: allowed: an object with role and content"),
+    (
+        {"messages": '[{"role": "boss", "content": "x"}]'},
+        "messages[0].role: found 'boss', allowed: system, user, assistant",
+    ),
+    ({"messages": '[{"role": "user", "content": 3}]'}, "messages[0].content: found int, allowed: text"),
+    ({"text_input": ["a", "b"]}, "batch-size must be <= 1"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_a_bad_request_gets_one_line_and_the_server_goes_on(server, body, message):
+    for kind in ("generate", "generate_stream"):
+        response = post(server, body, kind)
+        assert response.status_code == 400, response.text
+        error = json.loads(response.text.removeprefix("data: "))["error"]
+        assert message in error
+        assert "\n" not in error
+    assert post(server, {"text_input": "x", "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(Options(temperature=float("nan")), "temperature: found nan"), (Options(top_p=float("nan")), "top_p: found nan")],
+)
+def test_nan_over_grpc(server, options, message):
+    """JSON knows no NaN; a tensor does."""
+    with pytest.raises(ServiceError, match=message):
+        client(server).generate("x", options)
+
+
+def test_text_that_is_not_utf8(server):
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        text = grpc.InferInput("text_input", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=np.object_))
+        with pytest.raises(InferenceServerException, match="text_input: found bytes that are not UTF-8"):
+            service.infer("preprocessing", [text])
+
+
+def test_a_client_that_leaves_frees_its_place(server):
+    """The stream of the first piece is dropped; the next requests are answered all the same."""
+    asked = client(server)
+    for _ in range(6):
+        stream = asked.stream("leave", Options(max_tokens=400))
+        next(stream)
+        stream.close()
+    assert asked.generate("x", Options(max_tokens=3)).output_tokens == 3
+
+
+def test_metrics_count_cycles(server):
+    def read():
+        lines = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text.splitlines()
+        return {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd_")}
+
+    before = read()
+    answer = client(server).generate("count", Options(max_tokens=11))
+    after = read()
+    assert after["d2sd_committed_tokens"] - before["d2sd_committed_tokens"] == answer.output_tokens
+    assert after["d2sd_cycles"] - before["d2sd_cycles"] == answer.cycles
+
+
+def test_an_unreachable_service():
+    for protocol in ("grpc", "http"):
+        with pytest.raises(ServiceError, match=r"127.0.0.1:9"):
+            Client("127.0.0.1:9", protocol, timeout=5).generate("x")
+
+
+def test_an_occupied_port_is_named(built):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            Server(built / "build", "127.0.0.1", Ports(port, 0, 0))
+
+
+def test_the_command_serves_until_it_is_stopped(built):
+    command = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), str(built / "build")]
+    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready: HTTP 127.0.0.1:"):
+            break
+    assert lines[-1].startswith("ready"), lines
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert process.stdout.read().endswith("stopped\n")
+
+
+def test_the_command_without_a_build(tmp_path, capsys):
+    assert serve.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds no complete build; run: python export/build.py")
+
+
+def test_without_a_server_the_command_says_what_to_install(built, monkeypatch, tmp_path):
+    monkeypatch.setattr(serve, "ASIDE", tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ServeError, match=r"no tritonserver on PATH.*pip install --no-deps --target .* nvidia-pytriton"):
+        Server(built / "build", "127.0.0.1", ANY)
+
+
+def test_the_command_line_client(server):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "client", "the quick", "--raw", "--max-tokens", "9"]
+    over_grpc, over_http = f"127.0.0.1:{server.ports.grpc}", f"127.0.0.1:{server.ports.http}"
+    expected = client(server).generate("the quick", Options(max_tokens=9)).text + "\n"
+    for extra in (
+        ["--address", over_grpc],
+        ["--stream", "--address", over_grpc],
+        ["--http", "--stream", "--address", over_http],
+    ):
+        done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == expected
+    command += ["--top-p", "0", "--address", over_grpc]
+    bad = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (bad.returncode, bad.stderr) == (1, "error: top_p: found 0.0, allowed: above 0 and at most 1\n")
