@@ -1,0 +1,29 @@
+"""The loss over predicted places, and how many tokens a block would have won."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, banned: Tensor | None = None) -> Tensor:
+    """Σ w·(-log p(label)) over rows.
+
+    Args:
+        logits: ``[R, Vd]``. labels: ``[R]`` int64, indices of the draft vocabulary. weights: ``[R]``.
+        banned: ``[R]`` int64, an index that the row may not choose, or -1: the first place of an exclusive redraft.
+    """
+    logits = logits.float()
+    if banned is not None:
+        logits = ban(logits, banned)
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+
+
+def ban(logits: Tensor, banned: Tensor) -> Tensor:
+    """Return ``[R, Vd]`` with -inf at index ``banned[r]`` of row r, where that is not -1."""
+    rows = (banned >= 0).nonzero().squeeze(1)
+    return logits.index_put((rows, banned[rows]), logits.new_tensor(-torch.inf))
+
+
+def leading(correct: Tensor) -> Tensor:
+    """Length of the run of true values at the start of the last axis."""
+    return correct.long().cumprod(-1).sum(-1)

@@ -1,0 +1,338 @@
+"""``python -m training.train pipeline.yaml --drafter dflash|vp``: train a drafter for the pipeline's target.
+
+On a CPU, a GPU, or several under ``torchrun``. The whole state is written at every validation: a run that was killed goes
+on from there to the weights that it would have reached.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from export import checkpoints
+from export.config import TrainingSection, UserError, load
+from training.blocks import Blocks, lay_blocks, sample_anchors, sample_kept
+from training.corpus import read_corpus
+from training.data import Batch, Data
+from training.features import Features
+from training.losses import ban, leading, weighted_cross_entropy
+from training.student import Student, draft_vocabulary, feature_scale
+
+VALIDATE_EVERY = 200  # steps
+WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
+
+
+class Trainer:
+    """A student, its optimisers and the running average of its weights.
+
+    Args:
+        first: the trained first drafter, whose rejections a VP-Drafter learns from; None trains DFlash itself.
+        output: folder of the state, the logs and the drafter.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        first: Student | None,
+        data: Data,
+        options: TrainingSection,
+        output: Path,
+        device: torch.device,
+    ) -> None:
+        self.student, self.first = student.to(device), first.to(device).eval() if first else None
+        self.data, self.options, self.output, self.device = data, options, output, device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.step = self.epoch = self.offset = 0
+        self.average = [p.detach().clone() for p in student.parameters()]
+        matrices = [p for p in student.parameters() if p.ndim == 2]
+        vectors = [p for p in student.parameters() if p.ndim != 2]
+        rate = options.learning_rate
+        # Muon's update has the size of AdamW's, so that one rate serves both.
+        self.optimisers = [
+            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(vectors, lr=rate, weight_decay=0.0, betas=(0.9, 0.95)),
+        ]
+
+    def rate(self) -> float:
+        """Share of the full learning rate at this step: up, flat, then down to 0."""
+        done = (self.step + 1) / self.options.steps
+        return min(1.0, done / WARM_UP, max(0.0, (1 - done) / DECAY) + 1e-3)
+
+    def run(self) -> None:
+        """Train to the end, going on from a saved state if there is one."""
+        self.restore()
+        began, blocks = time.monotonic(), 0
+        with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step) as board:
+            while self.step < self.options.steps:
+                loss, count = self.train_step()
+                blocks += count
+                record: dict[str, Any] = {
+                    "step": self.step,
+                    "epoch": self.epoch,
+                    "loss": round(loss, 4),
+                    "rate": self.rate(),
+                }
+                record["blocks_per_second"] = round(blocks / (time.monotonic() - began), 1)
+                if self.step % VALIDATE_EVERY == 0 or self.step == self.options.steps:
+                    record |= self.validate()
+                    self.save()
+                self.log(record, board)
+
+    def train_step(self) -> tuple[float, int]:
+        """One update. Returns the loss and the number of blocks seen on this device."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.options.learning_rate * self.rate()
+            optimiser.zero_grad(set_to_none=True)
+        loss, count = 0.0, 0
+        for _ in range(self.options.accumulate):
+            batch = self.next_batch()
+            anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), self.options.anchors, batch.generator)
+            with self.precision():
+                part = self.loss(batch, anchors.to(self.device)) / self.options.accumulate
+            part.backward()
+            loss, count = loss + float(part.detach()), count + int((anchors >= 0).sum())
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        if self.world > 1:
+            for p in parameters:
+                dist.all_reduce(p.grad, op=dist.ReduceOp.AVG)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        decay = min(self.options.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, list(self.student.parameters()), 1 - decay)
+        return loss, count
+
+    def next_batch(self) -> Batch:
+        """This device's next batch; every epoch's order is another."""
+        groups = self.data.epoch(self.epoch)
+        if self.offset + self.world > len(groups):
+            self.epoch, self.offset = self.epoch + 1, 0
+            groups = self.data.epoch(self.epoch)
+        number = self.offset + self.rank
+        self.offset += self.world
+        return self.data.load(groups[number], f"{self.options.seed}/{self.epoch}/{number}", self.device)
+
+    def loss(self, batch: Batch, anchors: Tensor) -> Tensor:
+        """Mean over blocks of the weighted cross-entropy of their masked places."""
+        blocks, banned = self.lay(batch, anchors, self.options.rejections)
+        labels = self.student.to_draft[blocks.labels]
+        rows = (blocks.weights > 0) & (labels >= 0) & (labels != banned)
+        logits = self.student.logits(batch.features, blocks, rows)
+        count = (blocks.weights.sum().round()).clamp(min=1)
+        return weighted_cross_entropy(logits, labels[rows], blocks.weights[rows], banned[rows]) / count
+
+    def lay(self, batch: Batch, anchors: Tensor, rejections: float) -> tuple[Blocks, Tensor]:
+        """Blocks to train on, and the draft index that each place may not say, ``[S, N]``, or -1.
+
+        A VP-Drafter's block keeps l ∝ β^l true tokens or, as often as ``rejections`` says, what the first drafter got
+        right at this anchor; then the token that it got wrong there is banned, since an exclusive redraft bans it.
+        """
+        gamma, mask_id, tau = int(self.student.config.block_size), self.student.mask_id, self.options.tau
+        nothing = torch.zeros_like(anchors)
+        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
+        if self.first is None:
+            return lay_blocks(batch.tokens, batch.lengths, anchors, nothing, gamma, mask_id, tau), banned.flatten(1)
+        kept = sample_kept(tuple(anchors.shape), gamma, self.options.beta, batch.generator).to(self.device)
+        if rejections > 0:
+            accepted, refused, _ = self.first_draft(batch, anchors)
+            real = (torch.rand(anchors.shape, generator=batch.generator).to(self.device) < rejections) & (refused >= 0)
+            kept = torch.where(real, accepted, kept)
+            place = (kept + 1).clamp(max=gamma - 1)[..., None]
+            banned = banned.scatter(2, place, torch.where(real, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
+        return lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, mask_id, tau), banned.flatten(1)
+
+    @torch.no_grad()
+    def first_draft(self, batch: Batch, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first drafter makes of each block.
+
+        Returns:
+            accepted ``[S, A]``: leading tokens that are right; refused ``[S, A]``: the first wrong one, -1 if the block
+            or the answer ended before; confidences ``[S, A, γ-1]``.
+        """
+        first = self.first or self.student
+        gamma = int(first.config.block_size)
+        blocks = lay_blocks(batch.tokens, batch.lengths, anchors, torch.zeros_like(anchors), gamma, first.mask_id, 1.0)
+        rows = torch.ones_like(blocks.ids, dtype=torch.bool)
+        best = torch.softmax(first.logits(batch.features, blocks, rows).float(), -1).max(-1)
+        shape = (*anchors.shape, gamma)
+        tokens = first.draft_ids[best.indices].view(shape)[..., 1:]
+        known = (blocks.weights > 0).view(shape)[..., 1:]
+        accepted = leading((tokens == blocks.labels.view(shape)[..., 1:]) & known)
+        place = accepted.clamp(max=gamma - 2)[..., None]
+        missed = (accepted < gamma - 1) & known.gather(2, place).squeeze(2)
+        refused = torch.where(missed, tokens.gather(2, place).squeeze(2), -1)
+        return accepted, refused, best.values.view(shape)[..., 1:]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Acceptance length on held-out greedy answers, with the averaged weights, every anchor counting the same.
+
+        For DFlash the tokens of its own block; for a VP-Drafter those of both drafters, its exclusive redraft at the
+        first one's rejection counted whether or not that boundary would have been selected.
+        """
+        held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
+        won, count = 0, 0
+        with self.averaged():
+            for start in range(0, len(held_out), 8):
+                batch = self.data.load(held_out[start : start + 8], f"validate/{start}", self.device)
+                anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), 32, batch.generator)
+                anchors = anchors.to(self.device)
+                accepted, refused, _ = self.first_draft(batch, anchors)
+                count += int((anchors >= 0).sum())
+                won += int((accepted + 1)[anchors >= 0].sum())
+                if self.first is not None:
+                    won += int(self.redraft_gain(batch, anchors, accepted, refused).sum())
+        return {"acceptance_length": round(won / max(count, 1), 4)}
+
+    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
+        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
+        gamma = int(self.student.config.block_size)
+        missed = (refused >= 0) & (anchors >= 0)
+        blocks = lay_blocks(batch.tokens, batch.lengths, anchors, accepted, gamma, self.student.mask_id, 1.0)
+        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
+        place = (accepted + 1).clamp(max=gamma - 1)[..., None]
+        banned = banned.scatter(2, place, torch.where(missed, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
+        rows = blocks.weights > 0
+        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned.flatten(1)[rows]).argmax(-1)
+        right = torch.zeros_like(rows)
+        right[rows] = self.student.draft_ids[said] == blocks.labels[rows]
+        k = torch.arange(gamma, device=self.device)
+        right = right.view(banned.shape) | (k <= accepted[..., None])
+        return (leading(right) - 1 - accepted).clamp(min=0) * missed
+
+    def precision(self) -> AbstractContextManager[object]:
+        """bf16 where the device multiplies it faster than f32."""
+        fast = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
+
+    def averaged(self) -> "Averaged":
+        return Averaged(list(self.student.parameters()), self.average)
+
+    def save(self) -> None:
+        """Write the state to go on from, then the drafter as it is now."""
+        if self.rank:
+            return
+        state = {
+            "progress": (self.step, self.epoch, self.offset),
+            "student": [p.detach() for p in self.student.parameters()],
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        partial = self.output / "state.partial"
+        torch.save(state, partial)
+        partial.rename(self.output / "state.pt")
+        with self.averaged():
+            self.student.save(self.output)
+
+    def restore(self) -> None:
+        path = self.output / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.step, self.epoch, self.offset = state["progress"]
+        with torch.no_grad():
+            for mine, saved in zip(self.student.parameters(), state["student"], strict=True):
+                mine.copy_(saved)
+        self.average = state["average"]
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        if self.rank == 0:
+            print(f"going on from step {self.step}", file=sys.stderr)
+
+    def log(self, record: dict[str, Any], board: SummaryWriter) -> None:
+        if self.rank:
+            return
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if key != "step":
+                board.add_scalar(key, value, record["step"])
+        if self.step % 20 == 0 or "acceptance_length" in record:
+            print("  ".join(f"{key} {value}" for key, value in record.items()), file=sys.stderr, flush=True)
+
+
+class Averaged:
+    """Within it, the parameters hold their running average."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], average: list[Tensor]) -> None:
+        self.parameters, self.average = parameters, average
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            parameter.data, average.data = average.data, parameter.data
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--drafter", choices=("dflash", "vp"), required=True)
+    parser.add_argument("--output", type=Path, help="folder of the drafter and its state (default: build/training/DRAFTER)")
+    parser.add_argument("--start", type=Path, help="drafter to start from (default for vp: the DFlash of --first)")
+    parser.add_argument("--first", type=Path, help="trained DFlash that a VP-Drafter follows (default: build/training/dflash)")
+    parser.add_argument("--no-cache", action="store_true", help="compute the target's features anew each epoch")
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except (UserError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    pipeline = load(args.pipeline)
+    options = pipeline.training
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    output = args.output or Path("build/training") / args.drafter
+    output.mkdir(parents=True, exist_ok=True)
+
+    folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
+    target = checkpoints.load_target(folder)
+    target.to(device)  # type: ignore[arg-type]
+    answers = read_corpus(Path(options.corpus))
+    torch.manual_seed(options.seed)
+    first_path = None
+    if args.drafter == "vp":
+        first_path = args.first or Path("build/training/dflash")
+    start = args.start or first_path
+    ids = options.target_layer_ids or checkpoints.spread_layers(target.config.num_hidden_layers, options.layers)
+    if start is not None:
+        ids = checkpoints.read_drafter(start).target_layer_ids
+    cache = None if args.no_cache else Path("build/training/features") / f"{folder.name}-{'-'.join(map(str, ids))}"
+    features = Features(answers, target, ids, cache)
+    data = Data(answers, features, options)
+    scale = feature_scale(torch.cat([features.batch([i])[0, 1:] for i in data.trained[:64]])).to(device)
+    if start is None:
+        vocabulary = draft_vocabulary(answers, target.config.vocab_size, options.draft_vocabulary)
+        student = Student.new(options, target, vocabulary.to(device), scale)
+    else:
+        student = Student.load(start, target, scale)
+    first = Student.load(first_path, target) if first_path else None
+    Trainer(student, first, data, options, output, device).run()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
