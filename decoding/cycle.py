@@ -37,6 +37,7 @@ class Decoder:
     """Runs cycles over the running sequences.
 
     Args:
+        first, second: None where only ``autoregressive`` is asked for.
         block_size: γ. branches: K.
         vocabulary: V, from which ``random_redraft`` draws.
     """
@@ -44,8 +45,8 @@ class Decoder:
     def __init__(
         self,
         target: TargetEngine,
-        first: DrafterEngine,
-        second: DrafterEngine,
+        first: DrafterEngine | None,
+        second: DrafterEngine | None,
         *,
         block_size: int,
         branches: int,
@@ -53,25 +54,29 @@ class Decoder:
         selection: Selection = "confidence",
         redraft: Redraft = "exclusive",
     ) -> None:
-        self.target, self.first, self.second = target, first, second
+        self.target = target
+        self.drafters = [drafter for drafter in (first, second) if drafter is not None]
         self.block_size, self.branches, self.vocabulary = block_size, branches, vocabulary
         self.selection, self.redraft = selection, redraft
 
-    def join(self, sequence: Sequence, mode: ModeName) -> None:
-        """Take a sequence in behind the running ones: all of its prompt but the last token, which is its first anchor."""
+    def join(self, sequence: Sequence, mode: ModeName, place: int | None = None) -> None:
+        """Take a sequence in, behind the running ones or in the place of one of them.
+
+        All of its prompt enters the caches but the last token, which is its first anchor.
+        """
         before = np.array(sequence.tokens[:-1], dtype=np.int64)
         for start in range(0, len(before), PREFILL_CHUNK):
             chunk = before[None, start : start + PREFILL_CHUNK]
             n = chunk.shape[1]
             features = self.target.prefill(chunk, np.arange(start, start + n)[None], np.tri(n, dtype=bool)[None])
-            for drafter in self._drafters(MODES[mode]):
+            for drafter in self._drafting(MODES[mode]):
                 drafter.prefill(features)
-        for engine in (self.target, self.first, self.second):
-            engine.join()
+        for engine in (self.target, *self.drafters):
+            engine.join(place)
 
     def leave(self, sequence: int) -> None:
         """Let a running sequence go; those behind it move up."""
-        for engine in (self.target, self.first, self.second):
+        for engine in (self.target, *self.drafters):
             engine.leave(sequence)
 
     def cycle(self, sequences: Many[Sequence], mode_name: ModeName) -> list[list[int]]:
@@ -112,9 +117,10 @@ class Decoder:
         if not mode.drafts:
             return [[] for _ in sequences]
         gamma = self.block_size
-        blocks = np.full((len(sequences), gamma), self.first.mask_id, dtype=np.int64)
+        first = self.drafters[0]
+        blocks = np.full((len(sequences), gamma), first.mask_id, dtype=np.int64)
         blocks[:, 0] = [s.anchor for s in sequences]
-        candidates, probabilities = self._run(self.first, sequences, blocks, fresh=True)
+        candidates, probabilities = self._run(first, sequences, blocks, fresh=True)
         drafts = [Draft(c[1:].copy(), p[1:].copy()) for c, p in zip(candidates, probabilities, strict=True)]
         if mode.branches is None:
             return [[draft.tokens] for draft in drafts]
@@ -146,7 +152,7 @@ class Decoder:
             ]
         if mode.branches == "fixed":
             return [[[0] * (length - i) for i in places] for places in kept]
-        drafter = self.first if mode.branches == "first" else self.second
+        drafter = self.drafters[0 if mode.branches == "first" else 1]
         return self.redrafts(drafter, sequences, drafts, kept)
 
     def redrafts(
@@ -162,7 +168,7 @@ class Decoder:
             for j, i in enumerate(places):
                 blocks[b, j, 0] = sequence.anchor
                 blocks[b, j, 1 : i + 1] = draft.tokens[:i]
-        candidates, _ = self._run(drafter, sequences, blocks.reshape(len(sequences), -1), fresh=drafter is not self.first)
+        candidates, _ = self._run(drafter, sequences, blocks.reshape(len(sequences), -1), fresh=drafter is not self.drafters[0])
         candidates = candidates.reshape(*blocks.shape, -1)
         tails = candidates[..., 0].tolist()
         for b, (draft, places) in enumerate(zip(drafts, kept, strict=True)):
@@ -198,10 +204,9 @@ class Decoder:
 
     def reset(self) -> None:
         """Let all sequences go, the one that was joining too."""
-        for engine in (self.target, self.first, self.second):
+        for engine in (self.target, *self.drafters):
             engine.reset()
 
-    def _drafters(self, mode: Mode) -> list[DrafterEngine]:
-        if not mode.drafts:
-            return []
-        return [self.first, self.second] if mode.branches == "second" else [self.first]
+    def _drafting(self, mode: Mode) -> list[DrafterEngine]:
+        """The drafters that a mode feeds: the second one only where it redrafts."""
+        return self.drafters[: 0 if not mode.drafts else 2 if mode.branches == "second" else 1]

@@ -15,8 +15,8 @@ Bools = NDArray[np.bool_]
 
 
 class Sequences(Protocol):
-    def join(self) -> None:
-        """Make the sequence whose prompt was taken in the last of the running ones."""
+    def join(self, place: int | None) -> None:
+        """Make the sequence whose prompt was taken in the last of the running ones, or put it in the place of one."""
 
     def leave(self, sequence: int) -> None:
         """Drop a running sequence; those behind it move up."""

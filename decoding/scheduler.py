@@ -35,20 +35,14 @@ class Scheduler:
         sequence.finish = why
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence in self.running:
-            self._release(sequence)
 
     def step(self) -> list[tuple[Sequence, list[int]]]:
-        """Admit what fits, run one cycle, and let the finished go. Returns each running sequence's new tokens."""
-        self._admit()
+        """Let the finished go, admit what fits, run one cycle. Returns each running sequence and its new tokens."""
+        self._refill()
         if not self.running:
             return []
-        batch = list(self.running)
-        committed = self.decoder.cycle(batch, self.mode)
-        for sequence in batch:
-            if sequence.finish:
-                self._release(sequence)
-        return list(zip(batch, committed, strict=True))
+        committed = self.decoder.cycle(self.running, self.mode)
+        return list(zip(self.running, committed, strict=True))
 
     def reset(self) -> None:
         """Forget all sequences, after an engine failed."""
@@ -56,17 +50,27 @@ class Scheduler:
         self.running.clear()
         self.decoder.reset()
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.slots:
-            mode = self.waiting[0].mode or self.default_mode
-            if self.running and mode != self.mode:
-                return
-            self.mode = mode
-            sequence = self.waiting.popleft()
-            self.decoder.join(sequence, mode)
-            self.running.append(sequence)
+    def _refill(self) -> None:
+        """A waiting sequence takes the place of a finished one, so that the others' caches stay where they are."""
+        for place in reversed(range(len(self.running))):
+            if not self.running[place].finish:
+                continue
+            if self._may_join():
+                self.running[place] = self._join(place)
+            else:
+                self.decoder.leave(place)
+                del self.running[place]
+        while len(self.running) < self.slots and self._may_join():
+            self.running.append(self._join(None))
 
-    def _release(self, sequence: Sequence) -> None:
-        place = self.running.index(sequence)
-        self.decoder.leave(place)
-        del self.running[place]
+    def _may_join(self) -> bool:
+        if not self.waiting:
+            return False
+        alone = all(sequence.finish for sequence in self.running)
+        return alone or (self.waiting[0].mode or self.default_mode) == self.mode
+
+    def _join(self, place: int | None) -> Sequence:
+        sequence = self.waiting.popleft()
+        self.mode = sequence.mode or self.default_mode
+        self.decoder.join(sequence, self.mode, place)
+        return sequence

@@ -52,8 +52,8 @@ class BuildDirectory:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 
-    def load(self) -> tuple[Target, Drafter, Drafter]:
-        """Load the target and both drafters on the configured runtime.
+    def load(self) -> tuple[Target, Drafter | None, Drafter | None]:
+        """Load the target and, if the pipeline has them, both drafters on the configured runtime.
 
         Raises:
             EngineError: the runtime is not to be had here.
@@ -62,8 +62,9 @@ class BuildDirectory:
 
         options = self.manifest["engine"]
         provider, precision = choose(options["providers"], options["precision"])
-        target, first, second = (
+        target, *drafters = (
             OnnxRuntimeEngine(self.path / "engines" / graph / "model.onnx", GraphInfo(**recorded["info"]), provider, precision)
             for graph, recorded in self.manifest["graphs"].items()
         )
-        return Target(target), Drafter(first), Drafter(second)
+        first, second = (Drafter(engine) for engine in drafters) if drafters else (None, None)
+        return Target(target), first, second

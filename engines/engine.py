@@ -84,10 +84,13 @@ class Engine(ABC):
             if chosen:
                 self.running.append(sequence, self._new, chosen)
 
-    def join(self) -> None:
-        """Make the joining sequence the last of the running ones."""
+    def join(self, place: int | None) -> None:
+        """Make the joining sequence the last of the running ones, or put it in the place of one of them."""
         if self.running is None:
             self.running = self.joining
+        elif place is not None:
+            self.running = self.running.fitting(int(self.joining.lengths[0]))
+            self.running.replace(place, self.joining, 0)
         else:
             self.running = gather([*((self.running, b) for b in range(len(self.running.lengths))), (self.joining, 0)])
         self.joining = self._empty()

@@ -28,8 +28,8 @@ Allocate = Callable[[tuple[int, ...], type[np.generic]], Buffer]
 class KVCache:
     """Keys and values of B sequences: a ``[B, Hkv, C, D]`` buffer for each K and V of each layer.
 
-    A cache is as large as what is in it: C is the smallest power of two (256 at least) that holds the longest sequence,
-    and a sequence that joins, leaves or outgrows C makes a new cache, into which the rows in use are copied.
+    A cache is as large as what is in it: C is the smallest power of two (256 at least) that holds the longest sequence.
+    When the number of sequences changes or one outgrows C, the rows in use are copied into a new cache.
 
     Attributes:
         buffers: K and V of layer 0, of layer 1, … Their rows beyond ``lengths`` are finite.
@@ -54,6 +54,13 @@ class KVCache:
             buffer.array[sequence, :, start:stop] = source[sequence][:, run]
         self.lengths[sequence] = stop
 
+    def replace(self, sequence: int, cache: "KVCache", source: int) -> None:
+        """Take over the rows of a sequence of another cache. There must be room."""
+        length = int(cache.lengths[source])
+        for mine, theirs in zip(self.buffers, cache.buffers, strict=True):
+            mine.array[sequence, :, :length] = theirs.array[source, :, :length]
+        self.lengths[sequence] = length
+
     def fitting(self, rows: int) -> "KVCache":
         """This cache, or a larger copy of it if ``rows`` do not fit."""
         return self if rows <= self.capacity else gather([(self, b) for b in range(len(self.lengths))], rows)
@@ -62,12 +69,10 @@ class KVCache:
 def gather(sources: Sequence[tuple[KVCache, int]], rows: int = 0) -> KVCache:
     """Make a cache of the given sequences of other caches, in order, with room for ``rows`` of each at least."""
     model = sources[0][0]
-    lengths = [int(cache.lengths[b]) for cache, b in sources]
-    made = KVCache(*model.shape, len(sources), capacity_for(max(rows, *lengths, 0)), model.allocate)
-    for b, ((cache, source), length) in enumerate(zip(sources, lengths, strict=True)):
-        for mine, theirs in zip(made.buffers, cache.buffers, strict=True):
-            mine.array[b, :, :length] = theirs.array[source, :, :length]
-        made.lengths[b] = length
+    longest = max(int(cache.lengths[b]) for cache, b in sources)
+    made = KVCache(*model.shape, len(sources), capacity_for(max(rows, longest)), model.allocate)
+    for b, (cache, source) in enumerate(sources):
+        made.replace(b, cache, source)
     return made
 
 

@@ -24,8 +24,8 @@ from export.repository import write_repository
 if TYPE_CHECKING:
     from export.sources import Sources
 
-GRAPHS = ("target", "first", "second")
 ROOT = Path(__file__).resolve().parent.parent
+GRAPHS = ("target", "first", "second")
 # What an exported graph follows from, besides its checkpoints.
 SOURCES = ("export/target.py", "export/drafter.py", "export/onnx_export.py", "plugins/cascade_attention/op.py")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
@@ -48,13 +48,13 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
 
     began = time.monotonic()
     sources = open_sources(pipeline)
-    keys = {graph: _key(sources, graph) for graph in GRAPHS}
+    keys = {graph: _key(sources, graph) for graph in sources.graphs}
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
         (output / "manifest.json").unlink(missing_ok=True)  # until the build is whole
-        for number, graph in enumerate(GRAPHS, 1):
+        for number, graph in enumerate(keys, 1):
             place = output / "engines" / graph
-            label = f"[{number}/{len(GRAPHS)}] {graph}"
+            label = f"[{number}/{len(keys)}] {graph}"
             if only not in (None, graph):
                 continue
             if not force and _stored(place).get("key") == keys[graph]:
@@ -66,7 +66,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
                 info = sources.export(graph, partial / "model.onnx")
                 write_json(partial / "graph.json", {"key": keys[graph], "info": asdict(info)})
             print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
-        stale = [graph for graph in GRAPHS if _stored(output / "engines" / graph).get("key") != keys[graph]]
+        stale = [graph for graph, key in keys.items() if _stored(output / "engines" / graph).get("key") != key]
         if stale:
             print(f"still to be built before this can be served: {', '.join(stale)}")
             return
@@ -99,7 +99,7 @@ def _stored(place: Path) -> dict[str, Any]:
 def _manifest(pipeline: Pipeline, sources: "Sources", output: Path) -> dict[str, Any]:
     """All that the server needs to know."""
     return {
-        "graphs": {graph: _stored(output / "engines" / graph) for graph in GRAPHS},
+        "graphs": {graph: _stored(output / "engines" / graph) for graph in sources.graphs},
         "end_ids": sources.end_ids,
         "decoding": pipeline.decoding.model_dump() | {"block_size": sources.block_size},
         "engine": pipeline.engine.model_dump(),
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("pipeline", type=Path, help="the pipeline.yaml")
     parser.add_argument("--output", type=Path, default=Path("build"), help="folder of the build (default: build/)")
     parser.add_argument("--backend", choices=get_args(Backend), help="overrides engine.backend")
-    parser.add_argument("--only", choices=GRAPHS, metavar="GRAPH", help=f"build one graph alone: {', '.join(GRAPHS)}")
+    parser.add_argument("--only", choices=GRAPHS, help="build one graph alone")
     parser.add_argument("--force", action="store_true", help="build again what is up to date")
     args = parser.parse_args(arguments)
     try:

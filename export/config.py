@@ -5,7 +5,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -120,12 +120,23 @@ class Pipeline(Section):
     """One deployment: a target, its drafters, and how they are compiled and served."""
 
     target: TargetSection
-    drafters: DraftersSection
+    drafters: DraftersSection | None = Field(None, description="left out: the target is served alone, and can be trained for")
     decoding: DecodingSection = DecodingSection()
     engine: EngineSection = EngineSection()
     limits: LimitsSection = LimitsSection()
     triton: TritonSection = TritonSection()
     training: TrainingSection = TrainingSection()
+
+    @model_validator(mode="after")
+    def _drafted(self) -> "Pipeline":
+        if self.drafters is None and self.decoding.mode != "autoregressive":
+            raise ValueError(f"drafters for decoding.mode {self.decoding.mode}, or decoding.mode autoregressive")
+        return self
+
+    def without_drafters(self) -> "Pipeline":
+        """The target alone: what answers prompts before there are drafters."""
+        decoding = self.decoding.model_copy(update={"mode": "autoregressive"})
+        return self.model_copy(update={"drafters": None, "decoding": decoding})
 
 
 def load(path: Path) -> Pipeline:
@@ -157,6 +168,8 @@ def _explain(issue: Any) -> str:
     """One line: the key's path, what was found, what is allowed."""
     where = ".".join(str(part) for part in issue["loc"]) or "the file"
     kind, context, found = issue["type"], issue.get("ctx", {}), issue["input"]
+    if not issue["loc"]:
+        return f"allowed: {context['error']}"
     if kind == "extra_forbidden":
         section = _section(issue["loc"][:-1])
         return f"{where}: unknown key; allowed: {', '.join(section.model_fields)}"
@@ -175,9 +188,8 @@ def _explain(issue: Any) -> str:
 def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
     model: type[BaseModel] = Pipeline
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        annotation: Any = model.model_fields[str(part)].annotation
+        model = next(kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None))
     return model
 
 

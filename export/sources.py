@@ -23,16 +23,23 @@ class Sources:
     """What a pipeline is compiled from.
 
     Attributes:
-        folder: of the target. drafters: ``first`` and ``second``.
-        built: the same, between the target's embedding and head, with the id that stands for a mask.
+        folder, config: of the target.
+        layer_ids: the target's layers whose outputs are its features.
+        drafters: ``first`` and ``second``, or none. built: the same, between the target's embedding and head, with the id
+            that stands for a mask.
         block_size: γ.
     """
 
     folder: Path
     config: PreTrainedConfig
+    layer_ids: list[int]
     drafters: dict[str, DrafterCheckpoint]
     built: dict[str, tuple[Drafter, int]]
     block_size: int
+
+    @property
+    def graphs(self) -> list[str]:
+        return ["target", *self.drafters]
 
     @cached_property
     def _target_hash(self) -> str:
@@ -41,7 +48,7 @@ class Sources:
     def fingerprints(self, graph: str) -> list[str]:
         """Of what a graph is made of: the target's own, and a drafter's or the layers that the target shows to them."""
         if graph == "target":
-            return [self._target_hash, str(self.drafters["first"].target_layer_ids)]
+            return [self._target_hash, str(self.layer_ids)]
         return [self._target_hash, checkpoints.fingerprint(self.drafters[graph].path)]
 
     @property
@@ -55,8 +62,7 @@ class Sources:
     def export(self, graph: str, path: Path) -> GraphInfo:
         """Write a graph's ONNX file and say what its engine needs to know of it."""
         if graph == "target":
-            layer_ids = self.drafters["first"].target_layer_ids
-            export_target(Target(checkpoints.load_target(self.folder), layer_ids), path)
+            export_target(Target(checkpoints.load_target(self.folder), self.layer_ids), path)
             config, mask_id = self.config, -1
         else:
             drafter, mask_id = self.built[graph]
@@ -66,7 +72,7 @@ class Sources:
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            feature_width=self.config.hidden_size * len(self.drafters["first"].target_layer_ids),
+            feature_width=self.config.hidden_size * len(self.layer_ids),
             vocabulary=self.config.vocab_size,
             mask_id=mask_id,
         )
@@ -90,6 +96,10 @@ def open_sources(pipeline: Pipeline) -> Sources:
             f"limits.length: found {pipeline.limits.length}, allowed: up to {config.max_position_embeddings}, "
             f"the positions that target {folder} knows"
         )
+    if pipeline.drafters is None:
+        training = pipeline.training
+        layer_ids = training.target_layer_ids or checkpoints.spread_layers(config.num_hidden_layers, training.layers)
+        return Sources(folder, config, layer_ids, {}, {}, training.block_size)
     references = {"first": pipeline.drafters.first, "second": pipeline.drafters.second}
     drafters = {name: checkpoints.read_drafter(checkpoints.locate(path)) for name, path in references.items()}
     first, second = drafters["first"], drafters["second"]
@@ -106,4 +116,4 @@ def open_sources(pipeline: Pipeline) -> Sources:
             )
     embedding, head = checkpoints.target_embeddings(folder)
     built = {name: checkpoints.build_drafter(drafter, config, embedding, head) for name, drafter in drafters.items()}
-    return Sources(folder, config, drafters, built, block_size)
+    return Sources(folder, config, first.target_layer_ids, drafters, built, block_size)

@@ -19,8 +19,11 @@ class ToySequences:
         self.running: list[list[int]] = []
         self.joining: list[int] = []
 
-    def join(self) -> None:
-        self.running.append(self.joining)
+    def join(self, place) -> None:
+        if place is None:
+            self.running.append(self.joining)
+        else:
+            self.running[place] = self.joining
         self.joining = []
 
     def leave(self, sequence: int) -> None:

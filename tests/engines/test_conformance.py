@@ -97,7 +97,7 @@ def test_the_cache_is_handed_over_without_a_copy(served):
     engine = target.engine
     engine.reset()
     target.prefill(np.array([[5, 6, 7]]), np.arange(3)[None], np.tri(3, dtype=bool)[None])
-    target.join()
+    target.join(None)
     one = (np.array([[8]]), np.array([[3]]), np.ones((1, 1, 1), bool))
     before = target.forward(*one)[0].copy()
     np.testing.assert_array_equal(target.forward(*one)[0], before)

@@ -34,6 +34,7 @@ def test_capacities():
         st.one_of(
             st.tuples(st.just("join"), st.integers(0, 300)),
             st.tuples(st.just("leave"), st.integers(0, 9)),
+            st.tuples(st.just("replace"), st.integers(0, 300)),
             st.tuples(st.just("append"), st.lists(st.integers(0, 11), max_size=8, unique=True)),
         ),
         max_size=12,
@@ -55,6 +56,14 @@ def test_any_history_holds_what_a_list_would(history):
             del model[gone]
             rest = [(cache, b) for b in range(len(model) + 1) if b != gone]
             cache = gather(rest) if rest else None
+        elif action == "replace" and model:
+            joining, place = empty().fitting(value), value % len(model)
+            new = rows(rng, 1, value)
+            if value:
+                joining.append(0, new, range(value))
+            cache = cache.fitting(value)
+            cache.replace(place, joining, 0)
+            model[place] = [part[0] for part in new]
         elif action == "append" and model and value:
             new = rows(rng, len(model), 12)
             cache = cache.fitting(int(cache.lengths.max()) + len(value))

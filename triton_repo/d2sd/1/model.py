@@ -40,6 +40,7 @@ class TritonPythonModel:
         self.limits, self.end_ids = manifest["limits"], manifest["end_ids"]
         options = manifest["decoding"]
         target, first, second = self.build.load()
+        self.modes = [name for name, mode in MODES.items() if first is not None or not mode.drafts]
         self.vocabulary = target.engine.info.vocabulary
         decoder = Decoder(
             target,
@@ -98,8 +99,8 @@ class TritonPythonModel:
                 f"({limit} together, limits.length of the pipeline)"
             )
         mode = tensors.scalar(request, "mode")
-        if mode is not None and mode not in MODES:
-            raise ValueError(f"mode: found {mode!r}, allowed: {', '.join(MODES)}")
+        if mode is not None and mode not in self.modes:
+            raise ValueError(f"mode: found {mode!r}, allowed: {', '.join(self.modes)}")
         end_id = tensors.scalar(request, "end_id")
         sequence = Sequence(
             prompt,
