@@ -1,9 +1,34 @@
-"""The corpus: prompts answered by the target itself. Drafters learn the target's words, not those of a data set."""
+"""``python -m training.corpus pipeline.yaml``: prompts answered by the target itself, for drafters to learn from.
 
+Drafters learn the target's words, not those of a data set. The prompts are those of the files that ``training.prompts``
+names, or as many as are asked for that the target invents: it writes the user's message, then answers it.
+The corpus grows answer by answer; run again, the command goes on where it was.
+"""
+
+import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from decoding.cycle import Decoder
+from decoding.sampling import Sampling
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence as Decoding
+from engines.build_directory import BuildDirectory
+from engines.engine import Target
+from export.build import build
+from export.config import UserError, load
+from training.prompts import OPENINGS, Prompt, PromptError, chat_ids, opening_ids, read_prompts, without_overlap
+
+SLOTS = 16  # prompts answered together
+WARM = 0.8  # temperature of every third answer; the others are greedy
+INVENTED_TOKENS = 200  # of an invented prompt, at most
 
 
 @dataclass(frozen=True)
@@ -46,3 +71,149 @@ def _read(path: Path) -> Iterator[Answer]:
                 raise ValueError(f"{path}:{number}: not an answer ({error!r})") from None
             if answer.prompt_ids and len(answer.response_ids) > 1:
                 yield answer
+
+
+class Answerer:
+    """The compiled target, alone, answering many prompts at once.
+
+    Args:
+        target: its engine. directory: the build that it comes from.
+    """
+
+    def __init__(self, target: Target, directory: BuildDirectory, slots: int = SLOTS) -> None:
+        self.limit = int(directory.manifest["limits"]["length"])
+        self.end_ids = frozenset(directory.manifest["end_ids"])
+        decoder = Decoder(target, None, None, block_size=2, branches=1, vocabulary=target.engine.info.vocabulary)
+        self.scheduler = Scheduler(decoder, slots, "autoregressive")
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory.tokenizer, local_files_only=True)
+
+    def answer(self, asked: Iterable[Answer], tokens: int) -> Iterator[Answer]:
+        """Answer prompts: each comes as an ``Answer`` without response, and leaves in the order in which it is done.
+
+        Args:
+            tokens: of an answer, at most. Prompts that leave no room within the pipeline's limit are dropped.
+        """
+        open_answers: dict[Decoding, Answer] = {}
+        for answer in asked:
+            room = self.limit - len(answer.prompt_ids)
+            if room < 2:
+                continue
+            sampling = Sampling(answer.temperature, seed=random.Random(answer.id).getrandbits(32))
+            sequence = Decoding(answer.prompt_ids, min(tokens, room), sampling, self.end_ids)
+            open_answers[sequence] = answer
+            self.scheduler.add(sequence)
+            if len(open_answers) > 2 * self.scheduler.slots:
+                yield from self._step(open_answers)
+        while open_answers:
+            yield from self._step(open_answers)
+
+    def _step(self, open_answers: dict[Decoding, Answer]) -> Iterator[Answer]:
+        for sequence, _ in self.scheduler.step():
+            if sequence.finish:
+                asked = open_answers.pop(sequence)
+                yield Answer(asked.id, asked.task, asked.prompt_ids, sequence.answer, asked.temperature)
+
+
+def invent(path: Path, answerer: Answerer, count: int, seed: int) -> list[Prompt]:
+    """Let the target write ``count`` prompts from the user's side of its chat template, and keep the usable ones in a file.
+
+    What is too short, breaks off, or was written before is dropped. What the file holds already is not written again.
+    """
+    _drop_cut_line(path)
+    prompts = read_prompts([path]) if path.exists() else []
+    seen = {prompt.turns[0] for prompt in prompts}
+    start = max((int(prompt.id.rpartition("/")[2]) + 1 for prompt in prompts), default=0)
+    tasks = sorted(OPENINGS)
+    openings: dict[str, str] = {}
+
+    def asked() -> Iterator[Answer]:
+        for number in range(start, count):
+            task = tasks[number % len(tasks)]
+            name = f"invented-{seed}/{number}"
+            openings[name] = random.Random(name).choice(OPENINGS[task])
+            yield Answer(name, task, opening_ids(answerer.tokenizer, openings[name]), [], 1.0)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
+        for written in answerer.answer(asked(), INVENTED_TOKENS):
+            written_on = str(answerer.tokenizer.decode(written.response_ids[:-1]))
+            text = (openings[written.id] + written_on).strip()
+            if written.response_ids[-1] in answerer.end_ids and len(text.split()) >= 3 and text not in seen:
+                seen.add(text)
+                prompts.append(Prompt(written.id, written.task, (text,)))
+                lines.write(json.dumps(asdict(prompts[-1]), ensure_ascii=False) + "\n")
+                lines.flush()
+                if len(prompts) % 50 == 0:
+                    print(f"{len(prompts)} prompts invented", flush=True)
+    return prompts
+
+
+def extend(path: Path, answerer: Answerer, prompts: Sequence[Prompt], tokens: int) -> None:
+    """Answer the prompts that a corpus does not hold yet and append them to it, with progress."""
+    done = {answer.id for answer in _read(path)} if path.exists() else set()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_cut_line(path)
+    missing = [prompt for prompt in prompts if prompt.id not in done]
+    print(f"{len(done)} answers in {path}, {len(missing)} to come", flush=True)
+    asked = (
+        Answer(prompt.id, prompt.task, chat_ids(answerer.tokenizer, prompt.turns[:1]), [], temperature_of(prompt.id))
+        for prompt in missing
+    )
+    began, count, words = time.monotonic(), 0, 0
+    with path.open("a", encoding="utf-8") as lines:
+        for answer in answerer.answer(asked, tokens):
+            lines.write(json.dumps(asdict(answer), separators=(",", ":")) + "\n")
+            lines.flush()
+            count, words = count + 1, words + len(answer.response_ids)
+            if count % 50 == 0 or count == len(missing):
+                pace = words / (time.monotonic() - began)
+                print(f"{count}/{len(missing)} answers, {words} tokens, {pace:.0f} tokens/s", flush=True)
+
+
+def temperature_of(prompt_id: str) -> float:
+    """Every third answer is sampled: drafters then meet prefixes that greedy decoding never takes."""
+    return WARM if random.Random(f"temperature {prompt_id}").random() < 1 / 3 else 0.0
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove a last line that a kill cut short, so that the next one does not grow onto it."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.corpus", description=__doc__.split("\n\n")[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--output", type=Path, help="the corpus (default: training.corpus of the pipeline)")
+    parser.add_argument("--invent", type=int, default=0, metavar="N", help="let the target invent N prompts besides")
+    parser.add_argument("--tokens", type=int, default=512, help="of an answer, at most (default: 512)")
+    parser.add_argument("--slots", type=int, default=SLOTS, help=f"prompts answered together (default: {SLOTS})")
+    parser.add_argument("--build", type=Path, default=Path("build/training"), help="where the target is compiled")
+    args = parser.parse_args(arguments)
+    try:
+        pipeline = load(args.pipeline)
+        options = pipeline.training
+        prompts = read_prompts(map(Path, options.prompts))
+        evaluation = read_prompts(map(Path, options.evaluation_prompts))
+        if not prompts and not args.invent:
+            raise PromptError(
+                f"{args.pipeline}: training.prompts names no file; name some, or let the target --invent N prompts"
+            )
+        build(pipeline.without_drafters(), args.build)
+        directory = BuildDirectory.open(args.build)
+        answerer = Answerer(directory.load()[0], directory, args.slots)
+        corpus = args.output or Path(options.corpus)
+        if args.invent:
+            prompts += invent(corpus.with_suffix(".invented.jsonl"), answerer, args.invent, options.seed)
+        extend(corpus, answerer, without_overlap(prompts, evaluation), args.tokens)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

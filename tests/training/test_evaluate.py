@@ -1,0 +1,191 @@
+"""Corpus and evaluation on a tiny pipeline, from the command down to the figures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from decoding.cycle import Decoder
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence
+from engines.build_directory import BuildDirectory
+from export import checkpoints
+from export.build import build
+from export.config import load
+from tests import tiny
+from training import corpus, evaluate, report
+from training.corpus import Answer, read_corpus, temperature_of
+from training.features import Features
+from training.prompts import Prompt, PromptError, read_prompts, without_overlap
+from training.replay import Record
+
+QUESTIONS = ["the quick brown fox", "größer 日本語 🎉", "one two three", "x"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    file = tiny.save_pipeline(root)
+    prompts = root / "prompts.jsonl"
+    lines = [{"id": f"q/{i}", "task": "ab"[i % 2], "turns": [text]} for i, text in enumerate(QUESTIONS)]
+    lines[2]["turns"].append("and more?")
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text(
+        file.read_text() + f"training: {{prompts: [{prompts}], corpus: {root}/corpus.jsonl, target_layer_ids: [0, 2]}}\n"
+    )
+    build(load(file), root / "build")
+    return root
+
+
+def test_the_corpus_is_the_targets_answers_and_goes_on_after_a_kill(pipeline, capsys):
+    command = [str(pipeline / "pipeline.yaml"), "--tokens", "12", "--slots", "3", "--build", str(pipeline / "alone")]
+    assert corpus.main(command) == 0
+    path = pipeline / "corpus.jsonl"
+    answers = {answer.id: answer for answer in read_corpus(path)}
+    assert set(answers) == {f"q/{i}" for i in range(len(QUESTIONS))}
+    tokenizer, model = tiny.tokenizer(), tiny.target()
+    for name, answer in answers.items():
+        text = QUESTIONS[int(name[2:])]
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        assert answer.prompt_ids == tokenizer(chat, add_special_tokens=False)["input_ids"]
+        assert answer.temperature == temperature_of(name)
+        if answer.temperature == 0:
+            ids = torch.tensor([answer.prompt_ids])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+            assert out[0, ids.shape[1] :].tolist() == answer.response_ids
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote
+    assert corpus.main(command) == 0
+    assert {a.id: a for a in read_corpus(path)} == answers
+    assert "2 answers in" in capsys.readouterr().out
+
+
+def test_invented_prompts_are_kept(pipeline):
+    command = [str(pipeline / "pipeline.yaml"), "--tokens", "4", "--invent", "24", "--build", str(pipeline / "alone")]
+    output = pipeline / "invented" / "corpus.jsonl"
+    assert corpus.main([*command, "--output", str(output)]) == 0
+    kept = output.with_suffix(".invented.jsonl")
+    before = kept.read_text()
+    prompts = read_prompts([kept])
+    assert len({prompt.turns for prompt in prompts}) == len(prompts)
+    assert len(read_corpus(output)) <= len(prompts) + len(QUESTIONS)
+    assert corpus.main([*command, "--output", str(output)]) == 0
+    assert kept.read_text().startswith(before)
+
+
+def test_a_pipeline_without_prompts_says_what_to_do(pipeline, tmp_path, capsys):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text((pipeline / "pipeline.yaml").read_text().split("training:")[0])
+    assert corpus.main([str(file)]) == 1
+    assert "training.prompts names no file; name some, or let the target --invent N prompts" in capsys.readouterr().err
+
+
+def test_prompts_that_overlap_the_evaluation_are_dropped():
+    words = [f"w{i}" for i in range(40)]
+    evaluation = [Prompt("e", "t", (" ".join(words[5:30]),)), Prompt("s", "t", ("Short one ?",))]
+    cases = {
+        "overlap": " ".join(["x", *words[10:23], "y"]),
+        "case": " ".join(["x", *words[10:23], "y"]).upper(),
+        "just short of it": " ".join(["x", *words[10:22], "y"]),
+        "short": "short  ONE ?",
+        "free": "something else",
+    }
+    kept = without_overlap([Prompt(name, "t", (text,)) for name, text in cases.items()], evaluation)
+    assert [prompt.id for prompt in kept] == ["just short of it", "free"]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"id": 1, "task": "t", "turns": []}', '{"id": 1, "task": "t", "turns": [3]}', '{"id": 1}']
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": 1, "task": "t", "turns": ["a"]}\n' + line + "\n")
+    with pytest.raises(PromptError, match=r"p.jsonl:2: not a prompt"):
+        read_prompts([file])
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_prompts([tmp_path / "none"])
+
+
+@pytest.fixture(scope="module")
+def figures(pipeline):
+    out = pipeline / "figures.json"
+    modes = ["dflash", "d2sd:free", "d2sd", "runner_up"]
+    command = [str(pipeline / "pipeline.yaml"), "--prompts", str(pipeline / "prompts.jsonl"), "--tokens", "20"]
+    command += ["--json", str(out), "--docs", str(pipeline / "docs"), "--build", str(pipeline / "build"), "--modes", *modes]
+    assert evaluate.main(command) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_figures_are_those_of_real_decoding(pipeline, figures):
+    """Every mode on the real engines, target included: the same cycles as on the replayed target."""
+    directory = BuildDirectory.open(pipeline / "build")
+    target, first, second = directory.load()
+    (path,) = (pipeline / "build" / "evaluation").glob("*-20.jsonl")
+    answers = read_corpus(path)
+    assert len(answers) == len(QUESTIONS) + 1  # one has two turns
+    tasks = sorted({answer.task for answer in answers})
+    for mode in figures["acceptance_length"]:
+        name, _, redraft = mode.partition(":")
+        decoder = Decoder(
+            target, first, second, block_size=6, branches=3, vocabulary=300, redraft="free" if redraft else "exclusive"
+        )
+        scheduler = Scheduler(decoder, 2, name)
+        sequences = [Sequence(answer.prompt_ids, len(answer.response_ids)) for answer in answers]
+        for sequence in sequences:
+            scheduler.add(sequence)
+        while scheduler:
+            scheduler.step()
+        assert [s.answer for s in sequences] == [answer.response_ids for answer in answers]
+        means = []
+        for task in tasks:
+            rows = [(s, a) for s, a in zip(sequences, answers, strict=True) if a.task == task]
+            means.append(sum(len(a.response_ids) for _, a in rows) / sum(s.cycles for s, _ in rows))
+        assert figures["acceptance_length"][mode]["mean"] == pytest.approx(np.mean(means))
+        assert figures["acceptance_length"][mode]["by_task"] == pytest.approx(dict(zip(tasks, means, strict=True)))
+
+
+def test_the_report_is_written(pipeline, figures):
+    text = (pipeline / "docs" / "acceptance.md").read_text()
+    assert report.table(figures) in text
+    assert (pipeline / "docs" / "acceptance.png").stat().st_size > 5000
+    assert (pipeline / "docs" / "first_draft.png").stat().st_size > 5000
+    assert set(figures["gain_of_d2sd"]) == {"dflash", "d2sd:free", "runner_up"}
+    for length in figures["acceptance_length"].values():
+        assert length["low"] <= length["mean"] <= length["high"]
+
+
+def test_an_unknown_mode_is_refused(pipeline, capsys):
+    assert evaluate.main([str(pipeline / "pipeline.yaml"), "--modes", "warp"]) == 1
+    assert "error: --modes: found warp, allowed: d2sd, dflash, runner_up" in capsys.readouterr().err
+
+
+def test_what_is_said_of_the_first_draft():
+    confidences = np.array([[0.9, 0.5, 0.2], [0.9, 0.5, 0.2], [0.6, 0.9, 0.9], [0.9, 0.9, 0.9]])
+    correct = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 0]]).astype(bool)
+    known = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]]).astype(bool)  # the last answer ends inside its block
+    said = report.first_draft(confidences, correct, known)
+    assert said["accuracy"] == pytest.approx([3 / 4, 2 / 3, 0.0])
+    # Boundaries 1, 2, 0; r of the first two rows: 0.1, 0.45, 0.36, of the third: 0.4, 0.06, 0.054.
+    assert said["boundary_in_top"] == pytest.approx([2 / 3, 1.0, 1.0])
+    reached = {0.2: [0], 0.5: [0, 1], 0.6: [0], 0.9: [1, 1, 1, 1]}
+    expected = sum(len(hits) * abs(c - np.mean(hits)) for c, hits in reached.items()) / 8
+    assert said["calibration_error"] == pytest.approx(expected)
+
+
+def test_acceptance_weighs_tasks_alike():
+    answers = [Answer(str(i), "ab"[i > 2], [1], list(range(10)), 0.0) for i in range(4)]
+    records = [Record(nodes=[1] * n) for n in (5, 5, 5, 2)]
+    length = report.acceptance(answers, records)
+    assert length["by_task"] == {"a": 2.0, "b": 5.0}
+    assert length["mean"] == 3.5
+
+
+def test_features_of_an_answer_match_what_the_target_engine_gives(pipeline):
+    """The drafters must see in the evaluation what they see when serving: features of the same layers."""
+    target, _, _ = BuildDirectory.open(pipeline / "build").load()
+    answer = Answer("a", "t", [5, 6, 7, 8], [9, 10], 0.0)
+    model = checkpoints.load_target(checkpoints.open_target(pipeline / "target"))
+    expected = Features([answer], model, tiny.LAYER_IDS, None).batch([0])[0].float().numpy()
+    found = target.prefill(np.array([answer.tokens]), np.arange(6)[None], np.tri(6, dtype=bool)[None])
+    np.testing.assert_allclose(found[0], expected, rtol=0.01, atol=0.05)

@@ -1,0 +1,235 @@
+"""Training on a toy target: what a student may see, what a kill changes, and that it learns."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export import checkpoints
+from export.config import TrainingSection
+from export.onnx_export import export_drafter
+from tests import tiny
+from training.blocks import lay_blocks
+from training.corpus import Answer, read_corpus
+from training.data import HELD_OUT, Data
+from training.features import Features
+from training.student import Student, draft_vocabulary, feature_scale
+from training.train import Trainer
+
+OPTIONS = {
+    "target_layer_ids": tiny.LAYER_IDS,
+    "layers": 2,
+    "block_size": 4,
+    "draft_vocabulary": 120,
+    "blocks": 24,
+    "anchors": 6,
+    "learning_rate": 0.01,
+    "average": 0.9,
+}
+CPU = torch.device("cpu")
+
+
+def options(**changes) -> TrainingSection:
+    return TrainingSection(**(OPTIONS | changes))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.target("qwen3", vocab_size=300)
+
+
+def corpus(count=2 * HELD_OUT + 2, length=14):
+    """Answers that count up from their prompt: easy to learn, impossible to guess."""
+    return [
+        Answer(f"{i}", "count", [i % 7, i % 20], [(i + k) % 20 for k in range(1, length)], 0.0 if i % 2 == 0 else 0.8)
+        for i in range(count)
+    ]
+
+
+def trainer(target, output, which="dflash", first=None, start=None, **changes):
+    chosen, answers = options(**changes), corpus()
+    features = Features(answers, target, tiny.LAYER_IDS, None)
+    torch.manual_seed(0)
+    scale = feature_scale(torch.cat([features.batch([i])[0] for i in range(8)]))
+    if start:
+        student = Student.load(start, target, scale)
+    else:
+        student = Student.new(chosen, target, draft_vocabulary(answers, 300, chosen.draft_vocabulary), scale)
+    output.mkdir(parents=True, exist_ok=True)
+    loaded = Student.load(first, target) if first else None
+    return Trainer(student, loaded, Data(answers, features, chosen), chosen, output, CPU)
+
+
+def test_features_are_the_targets_hidden_states_on_the_fly_and_from_the_cache(target, tmp_path):
+    answers = corpus(5)
+    fresh, cached = (Features(answers, target, tiny.LAYER_IDS, place) for place in (None, tmp_path))
+    first = cached.batch([0, 3])
+    assert cached.known is not None
+    assert cached.known.tolist() == [1, 0, 0, 1, 0]
+    again = Features(answers, target, tiny.LAYER_IDS, tmp_path).batch([0, 3])
+    assert torch.equal(first, again)
+    assert torch.equal(first, fresh.batch([0, 3]))
+    with torch.no_grad():
+        hidden = target(torch.tensor([answers[3].tokens]), output_hidden_states=True).hidden_states
+    expected = torch.cat([hidden[i + 1][0] for i in tiny.LAYER_IDS], -1)
+    torch.testing.assert_close(first[1].float(), expected, atol=0.05, rtol=0.01)
+
+
+def test_a_grown_corpus_keeps_what_was_computed(target, tmp_path):
+    first = Features(corpus(4), target, tiny.LAYER_IDS, tmp_path).batch([1, 2])
+    grown = Features(corpus(9), target, tiny.LAYER_IDS, tmp_path)
+    assert grown.known is not None
+    assert grown.known.tolist() == [0, 1, 1] + [0] * 6
+    assert torch.equal(grown.batch([1, 2]), first)
+    assert grown.batch([8]).abs().sum() > 0
+
+
+def test_no_leak_of_the_future(target, tmp_path):
+    """Change every token and feature behind a place: what is said up to it does not move; before it: it does."""
+    student = trainer(target, tmp_path).student.eval()
+    tokens = torch.randint(0, 20, (1, 16), generator=torch.Generator().manual_seed(3))
+    features = torch.randn(1, 16, student.dflash.fc.in_features)
+    anchor, kept = 6, 1
+
+    def said(tokens, features):
+        blocks = lay_blocks(
+            tokens, torch.tensor([16]), torch.tensor([[anchor]]), torch.tensor([[kept]]), 4, student.mask_id, 4.0
+        )
+        with torch.no_grad():
+            return student.logits(features, blocks, torch.ones_like(blocks.ids, dtype=torch.bool))
+
+    reference = said(tokens, features)
+    later_tokens, later_features = tokens.clone(), features.clone()
+    later_tokens[:, anchor + kept + 1 :] = 7
+    later_features[:, anchor:] = 100
+    assert torch.equal(said(later_tokens, later_features), reference)
+    for change in (lambda t, f: t[:, anchor].fill_(59), lambda t, f: f[:, anchor - 1].fill_(3)):
+        changed_tokens, changed_features = tokens.clone(), features.clone()
+        change(changed_tokens, changed_features)
+        assert not torch.equal(said(changed_tokens, changed_features), reference)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("which", ["dflash", "vp"])
+def test_a_killed_run_goes_on_to_the_same_weights(target, tmp_path, which, monkeypatch):
+    monkeypatch.setattr("training.train.VALIDATE_EVERY", 3)
+    extra = {}
+    if which == "vp":
+        trainer(target, tmp_path / "first", steps=2).run()
+        extra = {"first": tmp_path / "first", "start": tmp_path / "first"}
+    trainer(target, tmp_path / "whole", steps=7, accumulate=2, **extra).run()
+
+    class Killed(Exception):
+        pass
+
+    victim = trainer(target, tmp_path / "killed", steps=7, accumulate=2, **extra)
+    step = victim.train_step
+
+    def train_step():
+        if victim.step == 5:
+            raise Killed
+        return step()
+
+    victim.train_step = train_step
+    with pytest.raises(Killed):
+        victim.run()
+    resumed = trainer(target, tmp_path / "killed", steps=7, accumulate=2, **extra)
+    resumed.run()
+    assert resumed.step == 7
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for key in whole:
+        assert torch.equal(whole[key], killed[key]), key
+    log = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+
+
+def test_it_learns(target, tmp_path):
+    """From next to nothing to most of a block, and a VP-Drafter adds to it where DFlash is wrong."""
+    dflash = trainer(target, tmp_path / "dflash", steps=120, learning_rate=0.03)
+    before = dflash.validate()["acceptance_length"]
+    dflash.run()
+    after = dflash.validate()["acceptance_length"]
+    assert before < 1.2
+    assert after > before + 0.8
+    vp = trainer(target, tmp_path / "vp", steps=30, first=tmp_path / "dflash", start=tmp_path / "dflash")
+    vp.run()
+    assert vp.validate()["acceptance_length"] >= after
+
+
+def test_rejections_are_what_the_first_drafter_gets_wrong(target, tmp_path):
+    first = trainer(target, tmp_path / "first", steps=10)
+    first.run()
+    vp = trainer(target, tmp_path / "vp", first=tmp_path / "first", start=tmp_path / "first")
+    batch = vp.next_batch()
+    anchors = torch.arange(2, 7).expand(len(batch.lengths), -1).contiguous()
+    accepted, refused, confidences = vp.first_draft(batch, anchors)
+    blocks, banned = vp.lay(batch, anchors, rejections=1.0)
+    assert confidences.shape == (*anchors.shape, 3)
+    ids, banned = blocks.ids.view(*anchors.shape, 4), banned.view(*anchors.shape, 4)
+    found = False
+    for s, a in ((s, a) for s in range(anchors.shape[0]) for a in range(anchors.shape[1])):
+        if refused[s, a] < 0:
+            continue
+        found = True
+        place = int(accepted[s, a]) + 1
+        truth = batch.tokens[s, anchors[s, a] + place]
+        assert refused[s, a] != truth
+        assert vp.student.draft_ids[banned[s, a, place]] == refused[s, a]
+        assert (banned[s, a] >= 0).sum() == 1
+        assert (ids[s, a, :place] != vp.student.mask_id).all()
+        assert (ids[s, a, place:] == vp.student.mask_id).all()
+    assert found
+
+
+def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_path):
+    import onnxruntime as ort
+
+    saved = trainer(target, tmp_path / "drafter", steps=3)
+    saved.run()
+    checkpoint = checkpoints.read_drafter(tmp_path / "drafter")
+    embedding, head = target.get_input_embeddings().weight.detach(), target.get_output_embeddings().weight.detach()
+    drafter, mask_id = checkpoints.build_drafter(checkpoint, target.config, embedding, head)
+    export_drafter(drafter, checkpoint.config, tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+
+    tokens = torch.randint(0, 60, (1, 12), generator=torch.Generator().manual_seed(1))
+    features = torch.randn(1, 12, saved.student.dflash.fc.in_features, generator=torch.Generator().manual_seed(2)) * 3
+    anchor = 8
+    blocks = lay_blocks(tokens, torch.tensor([12]), torch.tensor([[anchor]]), torch.tensor([[1]]), 4, mask_id, 4.0)
+    student = Student.load(tmp_path / "drafter", target)
+    with torch.no_grad():
+        logits = student.logits(features, blocks, torch.ones_like(blocks.ids, dtype=torch.bool))
+    best = torch.softmax(logits, -1).topk(16)
+    empty = {f"past_{kind}_{layer}": torch.zeros(1, 2, 1, tiny.HEAD_DIM) for layer in range(2) for kind in "kv"}
+    feeds = {
+        "features": features[:, :anchor],
+        "block_ids": blocks.ids,
+        "positions": blocks.positions,
+        "mask": torch.ones(1, 4, anchor + 4, dtype=torch.bool),
+        "past_lengths": torch.zeros(1, dtype=torch.int64),
+    } | empty
+    tokens_said, confidences, *_ = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+    torch.testing.assert_close(torch.tensor(confidences[0]), best.values, atol=1e-4, rtol=0)
+    assert (torch.tensor(tokens_said[0, :, 0]) == student.draft_ids[best.indices[:, 0]]).all()
+
+
+def test_the_draft_vocabulary_is_what_answers_use_most():
+    answers = [Answer("a", "t", [9], [5, 5, 5, 7, 7, 2], 0.0)]
+    assert draft_vocabulary(answers, 10, 2).tolist() == [5, 7]
+    assert draft_vocabulary(answers, 10, 4).tolist() == [0, 2, 5, 7]
+    assert draft_vocabulary(answers, 10, None).tolist() == list(range(10))
+
+
+def test_a_corpus_is_read_up_to_a_cut_line(tmp_path):
+    line = json.dumps({"id": "a", "task": "t", "prompt_ids": [1], "response_ids": [2, 3], "temperature": 0.0})
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(line + "\n" + line.replace('"a"', '"b"') + "\n" + line[:30])
+    assert [answer.id for answer in read_corpus(path)] == ["a", "b"]
+    path.write_text(line + "\n{}\n")
+    with pytest.raises(ValueError, match=r"corpus.jsonl:2: not an answer"):
+        read_corpus(path)
