@@ -1,4 +1,4 @@
-"""The acceptance walk: which drafted tokens the target would have said itself (DESIGN §2.5)."""
+"""The acceptance walk: which drafted tokens the target would have said itself (docs/method.md §5)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Where the target will probably reject the first draft, and the K places worth a branch (DESIGN §2.2)."""
+"""Where the target will probably reject the first draft, and the K places worth a branch (docs/method.md §2)."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""One cycle: draft, choose boundaries, redraft, merge, verify, accept (DESIGN §2). NumPy only.
+"""One cycle: draft, choose boundaries, redraft, merge, verify, accept (docs/method.md). NumPy only.
 
 Every sequence of a batch goes through the same steps; what a step costs is one call of an engine for all of them.
 """
@@ -158,7 +158,7 @@ class Decoder:
     def redrafts(
         self, drafter: DrafterEngine, sequences: Many[Sequence], drafts: Many[Draft], kept: Many[list[int]]
     ) -> list[list[list[int]]]:
-        """Fill all branches of all sequences in one pass: K blocks a sequence, blind to each other (DESIGN §2.3).
+        """Fill all branches of all sequences in one pass: K blocks a sequence, blind to each other (docs/method.md §3).
 
         A branch at i matters only if draft token i+1 is wrong, so an exclusive redraft may not say it again.
         """

@@ -1,4 +1,4 @@
-"""The prefix tree: branches merged where they agree, so that no token is verified twice (DESIGN §2.4)."""
+"""The prefix tree: branches merged where they agree, so that no token is verified twice (docs/method.md §4)."""
 
 from collections.abc import Iterable, Sequence
 

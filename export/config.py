@@ -46,7 +46,7 @@ class DraftersSection(Section):
 
 
 class DecodingSection(Section):
-    """How a cycle drafts and verifies (DESIGN §2)."""
+    """How a cycle drafts and verifies (docs/method.md)."""
 
     mode: ModeName = "d2sd"
     block_size: int | None = Field(None, ge=2, le=64, description="γ; left out: what the first drafter was trained with")

@@ -62,7 +62,7 @@ class Target(nn.Module):
 
     Args:
         model: a transformers model of one of ``ARCHITECTURES``. Its attention implementation is set for good.
-        feature_layers: layers whose outputs are the drafters' features: id i is ``hidden_states[i + 1]`` (DESIGN §2.1).
+        feature_layers: layers whose outputs are the drafters' features: id i is ``hidden_states[i + 1]`` (docs/method.md §1).
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int]) -> None:

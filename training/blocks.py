@@ -1,4 +1,4 @@
-"""Training blocks: one construction for both objectives, since DFlash is the VP-Drafter with nothing kept (DESIGN §2.6).
+"""Training blocks: one construction for both objectives, since DFlash is the VP-Drafter with nothing kept (docs/method.md §6).
 
 A block stands at an anchor p of an answer: ``[t_p, t_{p+1} … t_{p+l}, MASK …]`` of γ tokens, the first l + 1 of them
 true. It sees the target's features of the tokens before p and itself, in both directions. Its masked places are
