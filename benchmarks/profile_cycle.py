@@ -18,7 +18,7 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
 from engines.engine import Drafter
-from training.prompts import chat_ids, read_prompts
+from training.prompts import chat_ids, first_of_each_task, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,10 +82,8 @@ def main() -> int:
     )
     scheduler = Scheduler(decoder, 1, "d2sd")
     tokenizer = AutoTokenizer.from_pretrained(directory.tokenizer, local_files_only=True)
-    taken: dict[str, list[list[int]]] = defaultdict(list)
-    for prompt in read_prompts([ROOT / "training" / "prompts" / "eval.jsonl"]):
-        if len(taken[prompt.task]) < args.limit:
-            taken[prompt.task].append(chat_ids(tokenizer, prompt.turns[:1]))
+    chosen = first_of_each_task(read_prompts([ROOT / "training" / "prompts" / "eval.jsonl"]), args.limit)
+    prompts = [chat_ids(tokenizer, prompt.turns[:1]) for prompt in chosen]
 
     def answer(prompt: list[int], tokens: int) -> int:
         sequence = Sequence(prompt, tokens, end_ids=frozenset(directory.manifest["end_ids"]))
@@ -94,8 +92,8 @@ def main() -> int:
             scheduler.step()
         return sequence.cycles
 
-    for prompts in taken.values():  # meet every shape first
-        answer(prompts[0], 8)
+    for prompt in prompts:  # meet every shape first
+        answer(prompt, 8)
     clock = Clock()
     for model, name in ((target, "target"), (first, "first drafter"), (second, "second drafter")):
         clock.watch(model.engine.session, "run_with_iobinding", f"engine: {name}")  # type: ignore[attr-defined]
@@ -109,7 +107,7 @@ def main() -> int:
     clock.watch(acceptance, "walk", "acceptance walk")
     clock.watch(decoder, "cycle", "the rest")
     decoder.join = clock.paused(decoder.join)  # type: ignore[method-assign]
-    cycles = sum(answer(prompt, args.tokens) for prompts in taken.values() for prompt in prompts)
+    cycles = sum(answer(prompt, args.tokens) for prompt in prompts)
     total = sum(clock.seconds.values())
     outside = sum(seconds for name, seconds in clock.seconds.items() if not name.startswith("engine")) / total
     print(f"{cycles} cycles of d2sd at batch 1, {1000 * total / cycles:.1f} ms each\n")

@@ -19,7 +19,7 @@ from export import checkpoints
 from export.build import build
 from export.config import load
 from training import evaluate
-from training.prompts import chat_ids, read_prompts
+from training.prompts import chat_ids, first_of_each_task, read_prompts
 from triton_repo.serve import Ports, Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +59,8 @@ def server(built):
 
 def questions(each):
     """The first prompts of every evaluation task."""
-    taken = {}
-    for prompt in read_prompts([ROOT / "training" / "prompts" / "eval.jsonl"]):
-        taken.setdefault(prompt.task, []).append(prompt.turns[0])
-    return [text for texts in taken.values() for text in texts[:each]]
+    prompts = read_prompts([ROOT / "training" / "prompts" / "eval.jsonl"])
+    return [prompt.turns[0] for prompt in first_of_each_task(prompts, each)]
 
 
 def decode(directory, prompts, tokens, mode):

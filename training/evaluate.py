@@ -25,7 +25,7 @@ from export.config import Pipeline, UserError, load
 from training import report
 from training.corpus import Answer, Answerer, read_corpus
 from training.features import Features
-from training.prompts import Prompt, chat_ids, read_prompts
+from training.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
 from training.replay import Record, RecordingDrafter, ReplayTarget
 
 SLOTS = 8  # answers decoded together
@@ -135,10 +135,7 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     options = directory.manifest["decoding"]
     prompts = read_prompts([args.prompts])
     if args.limit:
-        taken: dict[str, int] = {}
-        prompts = [
-            p for p in prompts if taken.setdefault(p.task, 0) < args.limit and not taken.update({p.task: taken[p.task] + 1})
-        ]
+        prompts = first_of_each_task(prompts, args.limit)
     key = directory.manifest["graphs"]["target"]["key"][:16]
     answers = answers_of(prompts, directory, args.tokens, args.build / "evaluation" / f"{key}-{args.tokens}.jsonl")
     target, first, second = directory.load()

@@ -46,6 +46,16 @@ def read_prompts(files: Iterable[Path]) -> list[Prompt]:
     return [prompt for file in files for prompt in _read(file)]
 
 
+def first_of_each_task(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
+    """At most ``count`` prompts of every task, in their order."""
+    taken: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        of_task = taken.setdefault(prompt.task, [])
+        if len(of_task) < count:
+            of_task.append(prompt)
+    return [prompt for of_task in taken.values() for prompt in of_task]
+
+
 def _read(file: Path) -> Iterator[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
