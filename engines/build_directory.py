@@ -38,6 +38,11 @@ class BuildDirectory:
             raise BuildDirectoryError(f"{path}: holds no complete build; {advice}") from None
         except (OSError, ValueError, KeyError) as error:
             raise BuildDirectoryError(f"{path}: manifest.json cannot be read ({error}); {advice}") from None
+        backend = manifest["engine"]["backend"]
+        if backend != "onnxruntime":
+            raise BuildDirectoryError(
+                f"{path}: holds {backend} engines, which nothing here runs yet; build with engine.backend onnxruntime"
+            )
         for graph, recorded in graphs.items():
             place = path / "engines" / graph / "graph.json"
             try:

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
 
+from export import tensorrt_build
 from export.config import Backend, Pipeline, UserError, load
 from export.repository import write_repository
 
@@ -44,11 +45,15 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     Raises:
         BuildError, CheckpointError: with one clear line.
     """
+    compiled = pipeline.engine.backend != "onnxruntime"
+    if compiled:
+        tensorrt_build.library(pipeline.engine.backend)  # before any other work
     from export.sources import open_sources  # PyTorch takes seconds that --help and a bad file need not wait for
 
     began = time.monotonic()
     sources = open_sources(pipeline)
-    keys = {graph: _key(sources, graph) for graph in sources.graphs}
+    shapes = {graph: _profiles(pipeline, sources, graph) if compiled else {} for graph in sources.graphs}
+    keys = {graph: _key(pipeline, sources, graph, shapes[graph]) for graph in sources.graphs}
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
         (output / "manifest.json").unlink(missing_ok=True)  # until the build is whole
@@ -63,8 +68,12 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             print(f"{label}: exporting …", flush=True)
             start = time.monotonic()
             with replacing(place) as partial:
-                info = sources.export(graph, partial / "model.onnx")
-                write_json(partial / "graph.json", {"key": keys[graph], "info": asdict(info)})
+                info = sources.export(graph, partial / "model.onnx", pipeline.engine.graph_dtype)
+                record: dict[str, Any] = {"key": keys[graph], "info": asdict(info)}
+                if compiled:
+                    print(f"{label}: building the engine …", flush=True)
+                    record["engine"] = _compile(pipeline.engine.backend, partial, shapes[graph], output)
+                write_json(partial / "graph.json", record)
             print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
         stale = [graph for graph, key in keys.items() if _stored(output / "engines" / graph).get("key") != key]
         if stale:
@@ -78,9 +87,26 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     print(f"{output}: ready after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _key(sources: "Sources", graph: str) -> str:
-    """SHA-256 of all that a graph follows from."""
+def _profiles(pipeline: Pipeline, sources: "Sources", graph: str) -> tensorrt_build.Profiles:
+    decoding, limits = pipeline.decoding, pipeline.limits
+    return tensorrt_build.profiles(graph, sources.block_size, decoding.branches, limits.sequences, limits.length)
+
+
+def _compile(backend: str, folder: Path, shapes: tensorrt_build.Profiles, output: Path) -> dict[str, Any]:
+    """Turn a folder's graph into an engine; returns what is recorded of it."""
+    graph, engine = folder / "model.onnx", folder / "model.engine"
+    record = tensorrt_build.build_engine(backend, graph, engine, shapes, output / f"{backend}.timings")
+    for file in (graph, graph.with_name("model.onnx.data")):  # as large as the engine, and no longer needed
+        file.unlink(missing_ok=True)
+    return record | {"bytes": engine.stat().st_size}
+
+
+def _key(pipeline: Pipeline, sources: "Sources", graph: str, shapes: tensorrt_build.Profiles) -> str:
+    """SHA-256 of all that an engine follows from."""
+    backend = pipeline.engine.backend
     made_from = {
+        "backend": [backend, pipeline.engine.graph_dtype, shapes],
+        "library": None if backend == "onnxruntime" else tensorrt_build.library(backend).__version__,
         "checkpoints": sources.fingerprints(graph),
         "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

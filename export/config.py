@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from decoding.modes import ModeName, Redraft, Selection
 
-Backend = Literal["onnxruntime"]
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -64,9 +64,22 @@ class EngineSection(Section):
     providers: list[Literal["cuda", "openvino", "cpu"]] = Field(
         ["cuda", "openvino", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
     )
-    precision: Literal["auto", "f32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the hardware multiplies bf16 matrices (AMX, GPU), else f32"
+    precision: Literal["auto", "f32", "bf16", "f16"] = Field(
+        "auto", description="auto: bf16 where the hardware multiplies bf16 matrices (AMX, GPU), else f32; f16: TensorRT alone"
     )
+
+    @model_validator(mode="after")
+    def _compiled(self) -> "EngineSection":
+        if self.backend == "onnxruntime" and self.precision == "f16":
+            raise ValueError("precision auto, f32 or bf16 with backend onnxruntime")
+        return self
+
+    @property
+    def graph_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """What the graphs are exported in: ONNX Runtime lowers the precision itself, TensorRT computes in the graph's types."""
+        if self.backend == "onnxruntime":
+            return "float32"
+        return {"f32": "float32", "f16": "float16"}.get(self.precision, "bfloat16")  # type: ignore[return-value]
 
 
 class LimitsSection(Section):

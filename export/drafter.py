@@ -118,7 +118,7 @@ class DFlash(nn.Module):
         Returns:
             Normed hidden states ``[B, N, H]`` and each layer's (K, V) of the features, ``[B, Hkv, M, D]``.
         """
-        context = self.hidden_norm(self.fc(features))
+        context = self.hidden_norm(self.fc(features.to(block.dtype)))
         committed = past_lengths[:, None] + torch.arange(features.shape[1], device=features.device)
         rotary = self.rotary_emb(block, torch.cat([committed, positions], dim=1))
         new = []

@@ -38,8 +38,12 @@ DRAFTER_AXES = {
 }
 
 
-def export_target(target: Target, path: Path) -> None:
-    """Write the target's graph (bindings: ``export/target.py``) to ``path``, its weights to ``path`` + ``.data``."""
+def export_target(target: Target, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the target's graph (bindings: ``export/target.py``) to ``path``, its weights to ``path`` + ``.data``.
+
+    Args:
+        dtype: of weights, activations and caches. The module is turned into it.
+    """
     config, batch, n = target.model.config, 2, 3
     inputs = {
         "token_ids": torch.zeros(batch, n, dtype=torch.int64),
@@ -47,11 +51,11 @@ def export_target(target: Target, path: Path) -> None:
         "mask": torch.ones(batch, n, n, dtype=torch.bool),
         "past_lengths": torch.tensor([1, 2]),
     }
-    _export(target, inputs, ["logits", "features"], TARGET_AXES, "N", config, path)
+    _export(target.to(dtype), inputs, ["logits", "features"], TARGET_AXES, "N", config, path, dtype)
 
 
-def export_drafter(drafter: Drafter, config: PreTrainedConfig, path: Path) -> None:
-    """Write a drafter's graph (bindings: ``export/drafter.py``) to ``path``, its weights to ``path`` + ``.data``."""
+def export_drafter(drafter: Drafter, config: PreTrainedConfig, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a drafter's graph (bindings: ``export/drafter.py``) to ``path``, its weights beside it; ``dtype`` as above."""
     batch, m, n = 2, 3, 4
     inputs = {
         "features": torch.zeros(batch, m, drafter.dflash.fc.in_features),
@@ -60,7 +64,7 @@ def export_drafter(drafter: Drafter, config: PreTrainedConfig, path: Path) -> No
         "mask": torch.ones(batch, n, m + n, dtype=torch.bool),
         "past_lengths": torch.tensor([1, 2]),
     }
-    _export(drafter, inputs, ["tokens", "confidences"], DRAFTER_AXES, "M", config, path)
+    _export(drafter.to(dtype), inputs, ["tokens", "confidences"], DRAFTER_AXES, "M", config, path, dtype)
 
 
 def _export(
@@ -71,11 +75,12 @@ def _export(
     new_axis: str,
     config: PreTrainedConfig,
     path: Path,
+    dtype: torch.dtype,
 ) -> None:
     """Export, the K/V bindings of each layer added to inputs and outputs; ``new_axis`` counts the new rows."""
     layers, capacity = config.num_hidden_layers, 5
     shape = (len(inputs["past_lengths"]), config.num_key_value_heads, capacity, config.head_dim)
-    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+    past = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)]
     cached = [f"{kind}_{layer}" for layer in range(layers) for kind in "kv"]
     dynamic = [dict.fromkeys(range(tensor.ndim), DYNAMIC) for tensor in inputs.values()]
     if "features" in inputs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
@@ -59,15 +60,15 @@ class Sources:
         ids = raw.get("eos_token_id", self.config.eos_token_id)
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
-    def export(self, graph: str, path: Path) -> GraphInfo:
-        """Write a graph's ONNX file and say what its engine needs to know of it."""
+    def export(self, graph: str, path: Path, dtype: str) -> GraphInfo:
+        """Write a graph's ONNX file, its floats of a PyTorch dtype, and say what its engine needs to know of it."""
         if graph == "target":
-            export_target(Target(checkpoints.load_target(self.folder), self.layer_ids), path)
+            export_target(Target(checkpoints.load_target(self.folder), self.layer_ids), path, getattr(torch, dtype))
             config, mask_id = self.config, -1
         else:
             drafter, mask_id = self.built[graph]
             config = self.drafters[graph].config
-            export_drafter(drafter, config, path)
+            export_drafter(drafter, config, path, getattr(torch, dtype))
         return GraphInfo(
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,

@@ -11,6 +11,18 @@
 
 Attribute ``scale`` (float) multiplies the scores. One operator serves prefill (causal mask), tree verification
 (ancestor mask), a DFlash block (all ones) and K redraft branches (block-diagonal).
+
+Two options, in the reference and in the kernel; the graphs built so far need neither, so no graph carries them yet:
+
+| option       | shape            | meaning                                                                        |
+|--------------|------------------|--------------------------------------------------------------------------------|
+| window       | attribute, int   | a query sees a key only if it stands less than ``window`` positions behind it   |
+| sinks        | [Hq] f32         | a learned score per query head that joins the softmax's denominator (GPT-OSS)   |
+
+Under a window the mask says where a query stands, so that positions need no binding of their own: of the s new keys that
+a query sees, in their order, the i-th stands at position past_length + i, and the query at past_length + s - 1. That is
+so for a causal mask and for ancestors in the order of the tree; a window has no meaning for the other two masks.
+A window of 1 leaves each query itself alone.
 """
 
 import onnx

@@ -36,6 +36,11 @@ def test_the_published_schema_is_current():
             'decoding.mode: found "fast", allowed: d2sd, dflash, autoregressive, runner_up',
         ),
         (GOOD + "engine: {providers: [cpu, tpu]}", 'engine.providers.1: found "tpu", allowed: cuda, openvino, cpu'),
+        (
+            GOOD + "engine: {precision: f16}",
+            'engine: found {"precision": "f16"}, allowed: precision auto, f32 or bf16 with backend onnxruntime',
+        ),
+        (GOOD + "engine: {backend: trt}", 'engine.backend: found "trt", allowed: onnxruntime, tensorrt, tensorrt_rtx'),
         (GOOD + "engine: {providers: []}", "engine.providers: found [], allowed: "),
         (GOOD + "limits: 3", "limits: found 3, allowed: "),
         (GOOD + "triton: {http_port: 8001}", "triton: found"),

@@ -137,3 +137,26 @@ def test_low_precision_inputs_are_merged_in_f32(dtype):
     assert found.dtype == dtype
     exact = brute_force(*low)
     assert (found.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), n=st.integers(1, 7), window=st.integers(1, 12), tree=st.booleans())
+def test_window_and_sinks_equal_brute_force(seed, n, window, tree):
+    """Causal or along the branches of a random tree: a query sees the ``window`` last keys of its own past, itself included."""
+    q, k, v, past_k, past_v, lengths, _, scale = inputs(seed, n=n, t=n)
+    g = torch.Generator().manual_seed(seed)
+    parents = [int(torch.randint(-1, i, (1,), generator=g)) if tree and i else i - 1 for i in range(n)]
+    mask = torch.eye(n, dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            mask[i] |= mask[parent]
+    mask = mask.expand(2, n, n)
+    sinks = torch.randn(q.shape[1], generator=g)
+    found = reference.cascade_attention(q, k, v, past_k, past_v, lengths, mask, scale, window=window, sinks=sinks)
+    group = q.shape[1] // k.shape[1]
+    for b, h, i in np.ndindex(*q.shape[:3]):
+        keys = torch.cat([past_k[b, h // group, : lengths[b]], k[b, h // group][mask[b, i]]])[-window:].double()
+        values = torch.cat([past_v[b, h // group, : lengths[b]], v[b, h // group][mask[b, i]]])[-window:].double()
+        scores = torch.cat([keys @ q[b, h, i].double() * scale, sinks[h : h + 1].double()])
+        expected = torch.softmax(scores, 0)[:-1] @ values
+        torch.testing.assert_close(found[b, h, i].double(), expected, atol=2e-6, rtol=1e-5)

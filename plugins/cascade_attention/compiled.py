@@ -1,0 +1,121 @@
+"""The kernel compiled ahead of time, without a GPU: to PTX, and what ptxas makes of it."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from plugins.cascade_attention import kernel
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # PyTorch's and ONNX's name, Triton's
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one kind of device.
+
+    Attributes:
+        name: of the entry in ``ptx``. threads: a block's. shared: bytes of dynamic shared memory that a launch must ask for.
+    """
+
+    name: str
+    ptx: str
+    threads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a thread, and a block, take of a multiprocessor: registers, bytes spilled, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def attend(
+    capability: int,
+    dtype: str,
+    head_size: int,
+    group: int,
+    kv_heads: int,
+    scale: float,
+    config: kernel.Config,
+    *,
+    whole: bool,
+    window: int = 0,
+) -> Compiled:
+    """Compile ``kernel.attend`` without sinks. Its parameters: the operator's inputs, N, T, C, ``outs``, and ``lses`` if cut.
+
+    Args:
+        capability: of the device, as in sm_90. dtype: bfloat16 or float16. group: G, query heads a KV head.
+    """
+    element = "*" + DTYPES[dtype]
+    types = dict.fromkeys(("q", "k_new", "v_new", "past_k", "past_v"), element)
+    types |= {"past_lengths": "*i64", "mask": "*i1", "N": "i32", "T": "i32", "C": "i32"}
+    types |= {"outs": element if whole else "*fp32", "lses": "constexpr" if whole else "*fp32", "sinks": "constexpr"}
+    constants = {
+        "SCALE": scale,
+        "WINDOW": window,
+        "HEADS": kv_heads,
+        "GROUP": group,
+        "D": head_size,
+        "PAD": kernel.pad(head_size),
+        "TILE": config.tile,
+        "KEYS": config.keys,
+        "WHOLE": whole,
+    }
+    types |= dict.fromkeys(constants, "constexpr")
+    absent = {name: None for name in ("lses", "sinks") if types[name] == "constexpr"}
+    # Tensors start at multiples of 16 bytes, as every allocator's do; their rows then do so too.
+    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types.values()) if kind.startswith("*")}
+    source = ASTSource(kernel.attend, types, constants | absent, aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # it names folders of this machine
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    used = sum(kind != "constexpr" for kind in types.values())
+    ptx = _without_scratch(built.asm["ptx"], used)
+    return Compiled(built.metadata.name, ptx, 32 * config.warps, built.metadata.shared)
+
+
+def _without_scratch(ptx: str, used: int) -> str:
+    """Drop the parameters behind the kernel's own: pointers to scratch memory, which only Triton's launcher passes.
+
+    Raises:
+        ValueError: the kernel reads one of them.
+    """
+    numbers = map(int, re.findall(r"^\s*\.param .*attend_param_(\d+)", ptx, re.MULTILINE))
+    for number in [number for number in numbers if number >= used]:
+        if f"[attend_param_{number}]" in ptx:
+            raise ValueError("the kernel needs scratch memory, which no one but Triton's launcher gives it")
+        ptx = re.sub(rf",\s*\.param [^,\n]*attend_param_{number}\b", "", ptx)
+    return ptx
+
+
+def resources(compiled: Compiled, capability: int) -> Resources:
+    """Assemble the PTX with the ptxas that Triton brings, and read what it reports.
+
+    Raises:
+        subprocess.CalledProcessError: ptxas refuses it.
+    """
+    nvidia = triton.knobs.nvidia
+    ptxas = (nvidia.ptxas if capability < 100 else nvidia.ptxas_blackwell).path
+    architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(compiled.ptx, encoding="utf-8")
+        command = [ptxas, "-v", f"--gpu-name={architecture}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = {
+        name: re.search(pattern, report) for name, pattern in (("r", r"Used (\d+) reg"), ("s", r"(\d+) bytes spill stores"))
+    }
+    assert found["r"] is not None
+    assert found["s"] is not None
+    return Resources(int(found["r"][1]), int(found["s"][1]), compiled.shared)
