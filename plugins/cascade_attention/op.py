@@ -53,6 +53,11 @@ def cascade_attention(
         )
     if past_k.shape[2] == 0:  # training: one level is left, which PyTorch has a fused kernel for
         return scaled_dot_product_attention(q, k_new, v_new, mask[:, None], scale=scale, enable_gqa=True)
+    if q.is_cuda and not torch.is_grad_enabled():
+        from plugins.cascade_attention import kernel  # needs Triton, which a machine without a GPU does not have
+
+        q, k_new, v_new, past_k, past_v, mask = (x.contiguous() for x in (q, k_new, v_new, past_k, past_v, mask))
+        return kernel.cascade_attention(q, k_new, v_new, past_k, past_v, past_lengths, mask, scale)
     return reference.cascade_attention(q, k_new, v_new, past_k, past_v, past_lengths, mask, scale)
 
 
