@@ -6,6 +6,7 @@ is committed tokens per target pass. A mode's mean gives every task the same wei
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence as Many
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.cycle import Decoder
-from decoding.modes import MODES
+from decoding.modes import MODES, ModeName, Redraft
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
@@ -39,6 +40,9 @@ DEFAULT_MODES = (
     "dflash_twice:free",
     "dflash_twice",
     "d2sd:free",
+    "d2sd@1",
+    "d2sd@2",
+    "d2sd@3",
     "d2sd",
 )
 
@@ -82,6 +86,19 @@ def _history(prompt: Prompt, turn: int, known: dict[str, Answer], answerer: Answ
     return [*history, prompt.turns[turn]]
 
 
+def parse_mode(text: str) -> tuple[ModeName, Redraft, int | None]:
+    """Read ``MODE[:free][@K]``: a decoding mode, its redraft, and its number of branches if not the pipeline's.
+
+    Raises:
+        EvaluationError: it is not of this form.
+    """
+    found = re.fullmatch(r"(\w+)(:free)?(?:@([1-9]|1[0-6]))?", text)
+    if found is None or found[1] not in MODES or found[1] == "autoregressive":
+        allowed = ", ".join(mode for mode in MODES if mode != "autoregressive")
+        raise EvaluationError(f"--modes: found {text}, allowed: {allowed}; behind it :free and @K, K from 1 to 16")
+    return found[1], "free" if found[2] else "exclusive", int(found[3]) if found[3] else None
+
+
 def measure(
     mode: str,
     answers: Many[Answer],
@@ -90,8 +107,8 @@ def measure(
     options: dict[str, Any],
     vocabulary: int,
 ) -> list[Record]:
-    """Decode every answer in a mode (``name`` or ``name:free``); returns a record each."""
-    name, _, redraft = mode.partition(":")
+    """Decode every answer in a mode (``parse_mode``); returns a record each."""
+    name, redraft, branches = parse_mode(mode)
     target = ReplayTarget(vocabulary)
     first = RecordingDrafter(drafters[0], target, options["block_size"])
     decoder = Decoder(
@@ -99,12 +116,12 @@ def measure(
         first,
         drafters[1],
         block_size=options["block_size"],
-        branches=options["branches"],
+        branches=branches or options["branches"],
         vocabulary=vocabulary,
         selection=options["selection"],
-        redraft="free" if redraft == "free" else "exclusive",
+        redraft=redraft,
     )
-    scheduler = Scheduler(decoder, SLOTS, name)  # type: ignore[arg-type]
+    scheduler = Scheduler(decoder, SLOTS, name)
     began, shown = time.monotonic(), time.monotonic()
     # Answers of like length together; a few at a time, for the sake of their features' memory.
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
@@ -126,10 +143,7 @@ def measure(
 def run(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; returns what ``--json`` writes."""
     for mode in args.modes:
-        name, _, redraft = mode.partition(":")
-        if name not in MODES or name == "autoregressive" or redraft not in ("", "free"):
-            allowed = ", ".join(m for m in MODES if m != "autoregressive")
-            raise EvaluationError(f"--modes: found {mode}, allowed: {allowed}; :free behind one that redrafts")
+        parse_mode(mode)
     build(pipeline, args.build)
     directory = BuildDirectory.open(args.build)
     options = directory.manifest["decoding"]
@@ -162,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, default=Path("training/prompts/eval.jsonl"), help="JSONL file of prompts")
     parser.add_argument("--limit", type=int, help="prompts of each task, at most")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most (default: 128)")
-    parser.add_argument("--modes", nargs="+", default=list(DEFAULT_MODES), metavar="MODE", help="MODE or MODE:free")
+    parser.add_argument("--modes", nargs="+", default=list(DEFAULT_MODES), metavar="MODE", help="MODE, MODE:free, MODE@K")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write tables and plots")
     parser.add_argument("--build", type=Path, default=Path("build"), help="build directory (default: build/)")

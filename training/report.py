@@ -61,6 +61,7 @@ def summarise(
             for mode, seen in records.items()
             if mode != "d2sd"
         }
+    figures["gain_at_no_more_nodes"] = _at_no_more_nodes(answers, records, figures["nodes"])
     seen = next(iter(records.values()))
     confidences, correct, known = (
         np.array([row for record in seen for row in getattr(record, name)]) for name in ("confidences", "correct", "known")
@@ -68,6 +69,22 @@ def summarise(
     if len(confidences):
         figures["first_draft"] = first_draft(confidences, correct, known)
     return figures
+
+
+def _at_no_more_nodes(
+    answers: Sequence[Answer], records: Mapping[str, Sequence[Record]], nodes: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Each mode against the ``d2sd`` of as many branches as verify no more nodes than it does: paired differences."""
+    variants = [mode for mode in records if mode.partition("@")[0] == "d2sd"]
+    gains = {}
+    for mode, seen in records.items():
+        fitting = [variant for variant in variants if nodes[variant] <= nodes[mode] and variant != mode]
+        if mode not in variants and fitting:
+            best = max(fitting, key=lambda variant: nodes[variant])
+            tasks, count, cycles = _counts(answers, records[best])
+            against = _resampled(tasks, count, _counts(answers, seen)[2])
+            gains[mode] = {"of": best} | _interval(_resampled(tasks, count, cycles) - against)
+    return gains
 
 
 def _interval(differences: NDArray[np.float64]) -> dict[str, float]:
@@ -115,15 +132,18 @@ def table(figures: Mapping[str, Any]) -> str:
     lengths = figures["acceptance_length"]
     tasks = list(next(iter(lengths.values()))["by_task"])
     gains = figures.get("gain_of_d2sd", {})
-    lines = ["| mode | nodes | mean | 95 % | d2sd gains | " + " | ".join(tasks) + " |", "|---" * (5 + len(tasks)) + "|"]
+    fewer = figures.get("gain_at_no_more_nodes", {})
+    heads = ["mode", "nodes", "mean", "95 %", "d2sd gains", "d2sd gains at no more nodes", *tasks]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for mode, length in sorted(lengths.items(), key=lambda item: item[1]["mean"]):
-        gain = gains.get(mode)
+        gain, at = gains.get(mode), fewer.get(mode)
         cells = [
             mode,
             f"{figures['nodes'][mode]:.1f}",
             f"{length['mean']:.3f}",
             f"{length['low']:.3f} to {length['high']:.3f}",
             f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else "",
+            f"{at['of']}: {at['mean']:+.3f} ({at['low']:+.3f} to {at['high']:+.3f})" if at else "",
             *(f"{length['by_task'][task]:.2f}" for task in tasks),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -168,7 +188,8 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
 
 {table(figures)}
 
-*nodes*: verified a cycle, on average. *d2sd gains*: paired difference of the means, 95 % bootstrap interval.
+*nodes*: verified a cycle, on average. *d2sd gains*: paired difference of the means, 95 % bootstrap interval; *at no more
+nodes*: of `d2sd` with as many branches (`@K`) as verify no more nodes than the mode does.
 
 ![acceptance lengths](acceptance.png)
 

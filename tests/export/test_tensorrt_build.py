@@ -79,6 +79,11 @@ def test_an_engine_computes_in_the_precision_asked_for(tmp_path, precision):
     assert found["engine"]["bindings"] == contract("second", found["info"], FLOAT[precision])
 
 
+def test_serving_says_that_nothing_runs_these_engines(built):
+    with pytest.raises(BuildDirectoryError, match="tensorrt_rtx engines, which nothing here runs yet"):
+        BuildDirectory.open(built / "build")
+
+
 def test_building_again_touches_nothing_and_a_limit_rebuilds(built, capsys):
     build(load(built / "pipeline.yaml"), built / "build")
     assert capsys.readouterr().out.count("up to date") == 3
@@ -88,12 +93,6 @@ def test_building_again_touches_nothing_and_a_limit_rebuilds(built, capsys):
     build(load(longer), built / "build", only="first")
     after = record(built, "first")["engine"]
     assert (before["profiles"]["draft"]["C"], after["profiles"]["draft"]["C"]) == ([256, 512, 512], [256, 1024, 1024])
-    build(load(built / "pipeline.yaml"), built / "build")
-
-
-def test_serving_says_that_nothing_runs_these_engines(built):
-    with pytest.raises(BuildDirectoryError, match="tensorrt_rtx engines, which nothing here runs yet"):
-        BuildDirectory.open(built / "build")
 
 
 def test_profiles_cover_what_the_engines_are_called_with():

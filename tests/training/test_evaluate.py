@@ -110,7 +110,7 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
 @pytest.fixture(scope="module")
 def figures(pipeline):
     out = pipeline / "figures.json"
-    modes = ["dflash", "d2sd:free", "d2sd", "runner_up"]
+    modes = ["dflash", "d2sd:free", "d2sd", "d2sd@1", "runner_up"]
     command = [str(pipeline / "pipeline.yaml"), "--prompts", str(pipeline / "prompts.jsonl"), "--tokens", "20"]
     command += ["--json", str(out), "--docs", str(pipeline / "docs"), "--build", str(pipeline / "build"), "--modes", *modes]
     assert evaluate.main(command) == 0
@@ -126,10 +126,8 @@ def test_the_figures_are_those_of_real_decoding(pipeline, figures):
     assert len(answers) == len(QUESTIONS) + 1  # one has two turns
     tasks = sorted({answer.task for answer in answers})
     for mode in figures["acceptance_length"]:
-        name, _, redraft = mode.partition(":")
-        decoder = Decoder(
-            target, first, second, block_size=6, branches=3, vocabulary=300, redraft="free" if redraft else "exclusive"
-        )
+        name, redraft, branches = evaluate.parse_mode(mode)
+        decoder = Decoder(target, first, second, block_size=6, branches=branches or 3, vocabulary=300, redraft=redraft)
         scheduler = Scheduler(decoder, 2, name)
         sequences = [Sequence(answer.prompt_ids, len(answer.response_ids)) for answer in answers]
         for sequence in sequences:
@@ -150,14 +148,18 @@ def test_the_report_is_written(pipeline, figures):
     assert report.table(figures) in text
     assert (pipeline / "docs" / "acceptance.png").stat().st_size > 5000
     assert (pipeline / "docs" / "first_draft.png").stat().st_size > 5000
-    assert set(figures["gain_of_d2sd"]) == {"dflash", "d2sd:free", "runner_up"}
+    assert set(figures["gain_of_d2sd"]) == {"dflash", "d2sd:free", "d2sd@1", "runner_up"}
+    nodes, fewer = figures["nodes"], figures["gain_at_no_more_nodes"]
+    assert set(fewer) == {"d2sd:free", "runner_up"}  # a first draft alone has fewer nodes than any tree
+    assert all(nodes[gain["of"]] <= nodes[mode] and gain["low"] <= gain["mean"] <= gain["high"] for mode, gain in fewer.items())
     for length in figures["acceptance_length"].values():
         assert length["low"] <= length["mean"] <= length["high"]
 
 
-def test_an_unknown_mode_is_refused(pipeline, capsys):
-    assert evaluate.main([str(pipeline / "pipeline.yaml"), "--modes", "warp"]) == 1
-    assert "error: --modes: found warp, allowed: d2sd, dflash, runner_up" in capsys.readouterr().err
+@pytest.mark.parametrize("mode", ["warp", "autoregressive", "d2sd:fre", "d2sd@0", "d2sd@17", "d2sd@2:free", ""])
+def test_an_unknown_mode_is_refused(pipeline, capsys, mode):
+    assert evaluate.main([str(pipeline / "pipeline.yaml"), "--modes", mode]) == 1
+    assert f"error: --modes: found {mode}, allowed: d2sd, dflash, runner_up" in capsys.readouterr().err
 
 
 def test_what_is_said_of_the_first_draft():
