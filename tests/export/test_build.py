@@ -111,7 +111,7 @@ def test_an_engine_of_another_configuration_is_refused(pipeline):
 def test_a_failed_export_leaves_the_old_engine(pipeline, monkeypatch):
     before = stamps(pipeline)
 
-    def fail(self, graph, path):
+    def fail(self, graph, path, dtype):
         path.write_bytes(b"half")
         raise OSError("disk full")
 

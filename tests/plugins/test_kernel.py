@@ -36,7 +36,7 @@ def check(arguments, dtype, **options):
         assert error < (1e-5 if dtype == torch.float32 else 5e-3), (whole, float(error))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 99),
     batch=st.integers(1, 3),
@@ -111,7 +111,7 @@ def test_what_it_cannot_take_is_refused(change, message):
         kernel.cascade_attention(*change(list(inputs(1, 2, 1, 2, 5, 5, 9, 64))))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 99), d=st.sampled_from(kernel.HEAD_SIZES), j=st.integers(0, 9), dtype=st.sampled_from(DTYPES))
 def test_accepted_rows_are_written_behind_the_prefix(seed, d, j, dtype):
     g = torch.Generator().manual_seed(seed)
