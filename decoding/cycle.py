@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from decoding import acceptance, boundary, sampling
-from decoding.engines import Bools, DrafterEngine, Floats, Ints, TargetEngine
+from decoding import acceptance, boundary
+from decoding.engines import Bools, DrafterEngine, Floats, Ints, Pass, TargetEngine
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
@@ -83,24 +83,24 @@ class Decoder:
         """Advance every sequence by at least one token. Returns the tokens committed to each."""
         mode = MODES[mode_name]
         trees = [PrefixTree(s.anchor, branches) for s, branches in zip(sequences, self.draft(sequences, mode), strict=True)]
-        logits, features = self.verify(sequences, trees)
+        verified = self.verify(sequences, trees)
         committed, rows = [], []
         for b, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
 
-            def choose(node: int, row: Floats = logits[b], s: Sequence = sequence) -> int:
-                return sampling.choose(row[node], s.sampling, s.rng.random())
+            def choose(node: int, b: int = b, s: Sequence = sequence) -> int:
+                return verified.choose(b, node, s.sampling, s.rng.random())
 
             nodes, tokens = acceptance.walk(tree, choose)
             count = sequence.commit(tokens)
             sequence.cycles += 1
-            sequence.features = features[b, nodes[:count]]
+            sequence.features = verified.features(b, nodes[:count])
             committed.append(tokens[:count])
             rows.append(nodes[:count])
         self.target.keep(rows)
         return committed
 
-    def verify(self, sequences: Many[Sequence], trees: Many[PrefixTree]) -> tuple[Floats, Floats]:
-        """One target pass over the nodes of all trees: logits ``[B, N, V]``, features ``[B, N, F]``."""
+    def verify(self, sequences: Many[Sequence], trees: Many[PrefixTree]) -> Pass:
+        """One target pass over the nodes of all trees."""
         n = max(len(tree) for tree in trees)
         token_ids = np.zeros((len(trees), n), dtype=np.int64)
         positions = np.zeros((len(trees), n), dtype=np.int64)
@@ -190,17 +190,12 @@ class Decoder:
         """Run blocks of γ through a drafter; ``fresh`` if it has not seen the newly committed features yet."""
         gamma = self.block_size
         blocks = block_ids.shape[1] // gamma
-        none = np.zeros((0, drafter.feature_width), np.float32)
-        new = [s.features if fresh and s.features is not None else none for s in sequences]
-        lengths = np.array([len(rows) for rows in new], dtype=np.int64)
-        features = np.zeros((len(sequences), max(1, int(lengths.max())), drafter.feature_width), np.float32)
-        for b, rows in enumerate(new):
-            features[b, : len(rows)] = rows
+        features = [s.features if fresh else None for s in sequences]
         starts = np.array([s.position for s in sequences], dtype=np.int64)
         positions: Ints = np.add.outer(starts, np.tile(np.arange(gamma), blocks))
         own: Bools = np.kron(np.eye(blocks, dtype=bool), np.ones((gamma, gamma), dtype=bool))
         mask = np.broadcast_to(own, (len(sequences), *own.shape))
-        return drafter.forward(features, lengths, block_ids, positions, mask)
+        return drafter.forward(features, block_ids, positions, mask)
 
     def reset(self) -> None:
         """Let all sequences go, the one that was joining too."""

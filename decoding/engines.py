@@ -4,14 +4,17 @@ An engine holds the running sequences in an order, and beside them one whose pro
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.sampling import Sampling
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+Features = Any  # [m, F] rows of the target's features, in the runtime's own memory: decoding hands them on unread
 
 
 class Sequences(Protocol):
@@ -25,32 +28,39 @@ class Sequences(Protocol):
         """Drop all sequences."""
 
 
+class Pass(Protocol):
+    """What a pass of the target says of each of its ``[B, N]`` tokens, until the next pass."""
+
+    def choose(self, sequence: int, node: int, sampling: Sampling, uniform: float) -> int:
+        """The target's token behind a node: the likeliest one, or the one that a uniform number in [0, 1) draws."""
+
+    def features(self, sequence: int, nodes: Sequence[int]) -> Features:
+        """Those of some nodes of a sequence, ``[len(nodes), F]``; they outlast the pass."""
+
+
 class TargetEngine(Sequences, Protocol):
-    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Floats:
-        """Take ``[1, N]`` prompt tokens into the cache of the joining sequence. Returns their features ``[1, N, F]``."""
+    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Features:
+        """Take ``[1, N]`` prompt tokens into the cache of the joining sequence. Returns their features ``[N, F]``,
+        which the next call overwrites."""
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> tuple[Floats, Floats]:
-        """Run over ``[B, N]`` tokens of the running sequences under ``[B, N, N]`` masks.
-
-        Returns:
-            logits ``[B, N, V]`` and features ``[B, N, F]``; both are overwritten by the next call.
-        """
+    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> Pass:
+        """Run over ``[B, N]`` tokens of the running sequences under ``[B, N, N]`` masks."""
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
         """Write the last forward's K/V of the given query rows of each sequence into its cache, in order."""
 
 
 class DrafterEngine(Sequences, Protocol):
-    def prefill(self, features: Floats) -> None:
-        """Take prompt features ``[1, M, F]`` into the cache of the joining sequence."""
+    def prefill(self, features: Features) -> None:
+        """Take prompt features ``[M, F]`` into the cache of the joining sequence."""
 
     def forward(
-        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
+        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
         """Take the features of newly committed tokens into the cache, then run over blocks.
 
         Args:
-            features: ``[B, M, F]``, ``feature_lengths[b]`` rows of them valid, 0 to M.
+            features: of each running sequence, ``[m, F]``, or None if there are none.
             block_ids: ``[B, N]``. positions: ``[B, N]``.
             mask: ``[B, N, N]``, which block tokens see each other.
 
@@ -62,7 +72,3 @@ class DrafterEngine(Sequences, Protocol):
     @property
     def mask_id(self) -> int:
         """The id that stands for a masked place."""
-
-    @property
-    def feature_width(self) -> int:
-        """F."""

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
@@ -22,7 +21,7 @@ class Sequence:
             in any KV cache.
         max_tokens: the answer ends when it has as many.
         end_ids: the answer ends with the first of these, which belongs to it.
-        features: ``[m, F]`` target features of the m tokens that the drafters have not seen yet.
+        features: ``[m, F]`` target features of the m tokens that the drafters have not seen yet; None if there are none.
         cycles: target passes spent on the answer.
         finish: why the answer ended, or None.
     """
@@ -33,7 +32,7 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     mode: ModeName | None = None
     tokens: list[int] = field(init=False)
-    features: NDArray[np.float32] | None = field(init=False, default=None)
+    features: Any = field(init=False, default=None)
     cycles: int = field(init=False, default=0)
     finish: Finish | None = field(init=False, default=None)
     rng: np.random.Generator = field(init=False)

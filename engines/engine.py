@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import sampling
 from engines.kv_cache import Buffer, KVCache, capacity_for, gather
 
 # Query tokens of a call are padded up to one of these, so that a runtime meets few shapes and has its kernels ready.
@@ -15,6 +17,8 @@ SIZES = (1, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+Array = Any  # NumPy's, or PyTorch's on a device
+Features = Array  # [m, F]
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,27 @@ class GraphInfo:
         return [f"{kind}_{layer}" for layer in range(self.layers) for kind in "kv"]
 
 
+class HostPass:
+    """A pass of the target whose logits ``[B, N, V]`` and features ``[B, N, F]`` lie in the host's memory."""
+
+    def __init__(self, logits: Floats, features: Floats) -> None:
+        self._logits, self._features = logits, features
+
+    def choose(self, sequence: int, node: int, how: sampling.Sampling, uniform: float) -> int:
+        return sampling.choose(self._logits[sequence, node], how, uniform)
+
+    def features(self, sequence: int, nodes: Sequence[int]) -> Floats:
+        return self._features[sequence, nodes]
+
+
 class Engine(ABC):
-    """A graph, the cache of the running sequences, and that of the one whose prompt is being taken in."""
+    """A graph, the cache of the running sequences, and that of the one whose prompt is being taken in.
+
+    Attributes:
+        cache: the class of its caches.
+    """
+
+    cache: type[KVCache] = KVCache
 
     def __init__(self, info: GraphInfo) -> None:
         self.info = info
@@ -48,29 +71,44 @@ class Engine(ABC):
         self.joining = self._empty()
 
     @abstractmethod
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        """Memory for a binding."""
+    def allocate(self, sequences: int, capacity: int) -> list[Buffer]:
+        """The buffers of a cache (``KVCache``)."""
 
     @abstractmethod
-    def call(self, cache: KVCache, inputs: dict[str, NDArray]) -> tuple[dict[str, NDArray], list[NDArray]]:
+    def call(self, cache: KVCache, inputs: dict[str, Array]) -> tuple[dict[str, Array], list[Array]]:
         """Run the graph over the sequences of a cache.
 
         Args:
             inputs: every binding but the caches and ``past_lengths``.
 
         Returns:
-            The outputs, and the new K/V rows ``[B, Hkv, T, D]`` of each buffer; the next call overwrites both.
+            The outputs, and the new K/V rows, for each buffer of the cache; the next call overwrites both.
         """
 
-    def prefill(self, inputs: dict[str, NDArray], rows: int) -> dict[str, NDArray]:
+    def read(self, output: Array) -> NDArray:
+        """An output, in the host's memory."""
+        return output
+
+    def stack(self, features: Sequence[Features | None], rows: int) -> Array:
+        """Features of each sequence, ``[m, F]`` or None, zero-padded to ``[B, rows, F]``."""
+        stacked = np.zeros((len(features), rows, self.info.feature_width), np.float32)
+        for b, own in enumerate(features):
+            if own is not None:
+                stacked[b, : len(own)] = own
+        return stacked
+
+    def verified(self, outputs: dict[str, Array]) -> Any:
+        """A target's outputs as a pass (``decoding/engines.py``)."""
+        return HostPass(outputs["logits"], outputs["features"])
+
+    def prefill(self, inputs: dict[str, Array], rows: int) -> dict[str, Array]:
         """Run over the joining sequence and keep the first ``rows`` rows."""
         self.joining = self.joining.fitting(int(self.joining.lengths[0]) + rows)
         outputs, new = self.call(self.joining, inputs)
-        if rows:
-            self.joining.append(0, new, range(rows))
+        self.joining.append(new, [range(rows)])
         return outputs
 
-    def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run over the running sequences."""
         assert self.running is not None
         outputs, self._new = self.call(self.running, inputs)
@@ -80,9 +118,7 @@ class Engine(ABC):
         """Write the given rows of the last run's new K/V behind the cache of each running sequence."""
         assert self.running is not None
         self.running = self.running.fitting(max(int(n) + len(r) for n, r in zip(self.running.lengths, rows, strict=True)))
-        for sequence, chosen in enumerate(rows):
-            if chosen:
-                self.running.append(sequence, self._new, chosen)
+        self.running.append(self._new, rows)
 
     def join(self, place: int | None) -> None:
         """Make the joining sequence the last of the running ones, or put it in the place of one of them."""
@@ -106,8 +142,7 @@ class Engine(ABC):
         self.running, self.joining = None, self._empty()
 
     def _empty(self) -> KVCache:
-        info = self.info
-        return KVCache(2 * info.layers, info.kv_heads, info.head_dim, 1, capacity_for(0), self.allocate)
+        return self.cache(1, capacity_for(0), self.allocate)
 
 
 def padded(n: int) -> int:
@@ -135,14 +170,12 @@ class Sequences:
 class Target(Sequences):
     """The target over an engine. Method contracts: ``decoding/engines.py``."""
 
-    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Floats:
+    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Features:
         n = token_ids.shape[1]
-        return self.engine.prefill(self._inputs(token_ids, positions, mask), n)["features"][:, :n]
+        return self.engine.prefill(self._inputs(token_ids, positions, mask), n)["features"][0, :n]
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> tuple[Floats, Floats]:
-        n = token_ids.shape[1]
-        out = self.engine.run(self._inputs(token_ids, positions, mask))
-        return out["logits"][:, :n], out["features"][:, :n]
+    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> Any:
+        return self.engine.verified(self.engine.run(self._inputs(token_ids, positions, mask)))
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
         self.engine.keep(rows)
@@ -159,31 +192,27 @@ class Drafter(Sequences):
     def mask_id(self) -> int:
         return self.engine.info.mask_id
 
-    @property
-    def feature_width(self) -> int:
-        return self.engine.info.feature_width
-
-    def prefill(self, features: Floats) -> None:
-        rows = features.shape[1]
+    def prefill(self, features: Features) -> None:
         token = np.full((1, 1), self.mask_id, dtype=np.int64)  # the graph demands a block; what it makes of it is dropped
-        inputs = self._inputs(features, np.array([rows]), token, np.zeros((1, 1), np.int64), np.ones((1, 1, 1), bool))
-        self.engine.prefill(inputs, rows)
+        inputs = self._inputs([features], [len(features)], token, np.zeros((1, 1), np.int64), np.ones((1, 1, 1), bool))
+        self.engine.prefill(inputs, len(features))
 
     def forward(
-        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
+        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
         n = block_ids.shape[1]
-        out = self.engine.run(self._inputs(features, feature_lengths, block_ids, positions, mask))
-        self.engine.keep([range(length) for length in feature_lengths.tolist()])
-        return out["tokens"][:, :n], out["confidences"][:, :n]
+        lengths = [0 if own is None else len(own) for own in features]
+        out = self.engine.run(self._inputs(features, lengths, block_ids, positions, mask))
+        self.engine.keep([range(length) for length in lengths])
+        return self.engine.read(out["tokens"])[:, :n], self.engine.read(out["confidences"])[:, :n]
 
     def _inputs(
-        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
-    ) -> dict[str, NDArray]:
-        n, m = padded(block_ids.shape[1]), padded(features.shape[1])
-        valid = np.arange(m) < feature_lengths[:, None]
+        self, features: Sequence[Features | None], lengths: list[int], block_ids: Ints, positions: Ints, mask: Bools
+    ) -> dict[str, Array]:
+        n, m = padded(block_ids.shape[1]), padded(max(lengths))
+        valid = np.arange(m) < np.array(lengths)[:, None]
         return {
-            "features": pad(features, m, self.feature_width),
+            "features": self.engine.stack(features, m),
             "block_ids": pad(block_ids, n),
             "positions": pad(positions, n),
             "mask": np.concatenate([np.broadcast_to(valid[:, None], (len(valid), n, m)), pad(mask, n, n)], axis=2),

@@ -1,11 +1,10 @@
 """The KV cache of a graph: what its ``past_*`` bindings read, without a copy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 SMALLEST = 256  # rows
 
@@ -15,50 +14,53 @@ class Buffer:
     """Memory that the runtime reads and writes as it lies.
 
     Attributes:
-        array: the host's view of it. value: the runtime's own.
+        array: our view of it: NumPy's, or PyTorch's of what lies on a device. value: the runtime's own.
     """
 
-    array: NDArray
+    array: Any
     value: Any
 
 
-Allocate = Callable[[tuple[int, ...], type[np.generic]], Buffer]
+Allocate = Callable[[int, int], list[Buffer]]  # for so many sequences of so many rows, filled with zeros
 
 
 class KVCache:
-    """Keys and values of B sequences: a ``[B, Hkv, C, D]`` buffer for each K and V of each layer.
+    """Keys and values of B sequences: ``[B, Hkv, C, D]`` for each K and V of each layer.
 
     A cache is as large as what is in it: C is the smallest power of two (256 at least) that holds the longest sequence.
     When the number of sequences changes or one outgrows C, the rows in use are copied into a new cache.
 
     Attributes:
-        buffers: K and V of layer 0, of layer 1, … Their rows beyond ``lengths`` are finite.
+        buffers: K and V of layer 0, of layer 1, …: each in a buffer of its own, or all in one ``[2·layers, B, Hkv, C, D]``.
+            Their rows beyond ``lengths`` are finite.
         lengths: ``[B]`` int64, rows in use.
     """
 
-    def __init__(self, count: int, kv_heads: int, head_dim: int, sequences: int, capacity: int, allocate: Allocate) -> None:
-        self.shape = (count, kv_heads, head_dim)
+    def __init__(self, sequences: int, capacity: int, allocate: Allocate) -> None:
         self.allocate = allocate
         self.capacity = capacity
         self.lengths = np.zeros(sequences, dtype=np.int64)
-        self.buffers = [allocate((sequences, kv_heads, capacity, head_dim), np.float32) for _ in range(count)]
-        for buffer in self.buffers:
-            buffer.array.fill(0)
+        self.buffers = allocate(sequences, capacity)
 
-    def append(self, sequence: int, new: Iterable[NDArray], rows: Sequence[int]) -> None:
-        """Write rows of ``new``, a ``[B, Hkv, T, D]`` for each buffer, behind those of a sequence. There must be room."""
-        start = int(self.lengths[sequence])
-        stop = start + len(rows)
-        run = slice(rows[0], rows[-1] + 1) if list(rows) == list(range(rows[0], rows[-1] + 1)) else rows
-        for buffer, source in zip(self.buffers, new, strict=True):
-            buffer.array[sequence, :, start:stop] = source[sequence][:, run]
-        self.lengths[sequence] = stop
+    def append(self, new: Sequence[Any], rows: Sequence[Sequence[int]]) -> None:
+        """Write rows of ``new``, shaped as the buffers but T instead of C, behind each sequence's. There must be room."""
+        self.write(new, rows)
+        self.lengths += [len(chosen) for chosen in rows]
+
+    def write(self, new: Sequence[Any], rows: Sequence[Sequence[int]]) -> None:
+        for sequence, chosen in enumerate(rows):
+            if not chosen:
+                continue
+            start = int(self.lengths[sequence])
+            run = slice(chosen[0], chosen[-1] + 1) if list(chosen) == list(range(chosen[0], chosen[-1] + 1)) else list(chosen)
+            for buffer, source in zip(self.buffers, new, strict=True):
+                buffer.array[..., sequence, :, start : start + len(chosen), :] = source[..., sequence, :, :, :][..., run, :]
 
     def replace(self, sequence: int, cache: "KVCache", source: int) -> None:
         """Take over the rows of a sequence of another cache. There must be room."""
         length = int(cache.lengths[source])
         for mine, theirs in zip(self.buffers, cache.buffers, strict=True):
-            mine.array[sequence, :, :length] = theirs.array[source, :, :length]
+            mine.array[..., sequence, :, :length, :] = theirs.array[..., source, :, :length, :]
         self.lengths[sequence] = length
 
     def fitting(self, rows: int) -> "KVCache":
@@ -70,7 +72,7 @@ def gather(sources: Sequence[tuple[KVCache, int]], rows: int = 0) -> KVCache:
     """Make a cache of the given sequences of other caches, in order, with room for ``rows`` of each at least."""
     model = sources[0][0]
     longest = max(int(cache.lengths[b]) for cache, b in sources)
-    made = KVCache(*model.shape, len(sources), capacity_for(max(rows, longest)), model.allocate)
+    made = type(model)(len(sources), capacity_for(max(rows, longest)), model.allocate)
     for b, (cache, source) in enumerate(sources):
         made.replace(b, cache, source)
     return made

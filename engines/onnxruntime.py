@@ -108,7 +108,14 @@ class OnnxRuntimeEngine(Engine):
         self._bindings: OrderedDict[Any, Binding] = OrderedDict()
         super().__init__(info)
 
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+    def allocate(self, sequences: int, capacity: int) -> list[Buffer]:
+        shape = (sequences, self.info.kv_heads, capacity, self.info.head_dim)
+        buffers = [self._buffer(shape, np.float32) for _ in self.info.cache_bindings]
+        for buffer in buffers:
+            buffer.array.fill(0)
+        return buffers
+
+    def _buffer(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
         if self._memory is None:
             array = np.empty(shape, dtype)
             return Buffer(array, ort.OrtValue.ortvalue_from_numpy(array))
@@ -134,15 +141,15 @@ class OnnxRuntimeEngine(Engine):
         for key in [k for k, b in self._bindings.items() if b.cache is not self.running and b.cache is not self.joining]:
             del self._bindings[key]
         io = self.session.io_binding()
-        given = {name: self.allocate(value.shape, value.dtype.type) for name, value in inputs.items()}
-        given["past_lengths"] = self.allocate(cache.lengths.shape, np.int64)
+        given = {name: self._buffer(value.shape, value.dtype.type) for name, value in inputs.items()}
+        given["past_lengths"] = self._buffer(cache.lengths.shape, np.int64)
         given |= {f"past_{name}": buffer for name, buffer in zip(self.info.cache_bindings, cache.buffers, strict=True)}
         sizes: dict[str | int, int] = {}
         for value in self.session.get_inputs():
             io.bind_ortvalue_input(value.name, given[value.name].value)
             sizes.update(zip(value.shape, given[value.name].array.shape, strict=True))
         made = {
-            value.name: self.allocate(tuple(sizes.get(d, d) for d in value.shape), NUMPY[value.type])
+            value.name: self._buffer(tuple(sizes.get(d, d) for d in value.shape), NUMPY[value.type])
             for value in self.session.get_outputs()
         }
         for name, buffer in made.items():

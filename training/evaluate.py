@@ -109,7 +109,7 @@ def measure(
 ) -> list[Record]:
     """Decode every answer in a mode (``parse_mode``); returns a record each."""
     name, redraft, branches = parse_mode(mode)
-    target = ReplayTarget(vocabulary)
+    target = ReplayTarget()
     first = RecordingDrafter(drafters[0], target, options["block_size"])
     decoder = Decoder(
         target,

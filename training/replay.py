@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from decoding.engines import Bools, DrafterEngine, Floats, Ints
+from decoding.engines import Bools, DrafterEngine, Features, Floats, Ints
+from decoding.sampling import Sampling
 from training.corpus import Answer
 
 
@@ -41,17 +42,11 @@ class Replay:
 
 
 class ReplayTarget:
-    """A ``TargetEngine`` over known answers, in the order in which their sequences will join.
+    """A ``TargetEngine`` over known answers, in the order in which their sequences will join."""
 
-    Args:
-        vocabulary: V.
-    """
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self) -> None:
         self.waiting: deque[Replay] = deque()
         self.running: list[Replay] = []
-        self._logits = np.zeros((0, 0, vocabulary), np.float32)
 
     def expect(self, answer: Answer, features: Floats, record: Record) -> None:
         """Announce an answer; its sequence must be the next one to join behind those announced before."""
@@ -61,7 +56,7 @@ class ReplayTarget:
         replay, n = self.waiting[0], token_ids.shape[1]
         assert token_ids[0].tolist() == replay.answer.tokens[replay.length : replay.length + n]
         replay.length += n
-        return replay.features[None, replay.length - n : replay.length]
+        return replay.features[replay.length - n : replay.length]
 
     def join(self, place: int | None) -> None:
         if place is None:
@@ -76,29 +71,30 @@ class ReplayTarget:
         self.waiting.clear()
         self.running.clear()
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> tuple[Floats, Floats]:
-        """Logits that say what the target said next at each position; for a node off the answer's path they are void."""
-        batch, n = token_ids.shape
-        if self._logits.shape[0] < batch or self._logits.shape[1] < n:
-            self._logits = np.zeros((batch, n, self.vocabulary), np.float32)
-        logits = self._logits[:batch, :n]
-        features = np.zeros((batch, n, self.running[0].features.shape[1]), np.float32)
-        self._said = []
-        for b, replay in enumerate(self.running):
-            tokens = replay.answer.tokens
-            place = np.minimum(positions[b], len(tokens) - 1)
-            said = np.array([*tokens[1:], 0])[place]
-            self._said.append((b, np.arange(n), said))
-            logits[b, np.arange(n), said] = 1
-            features[b] = replay.features[place]
-            replay.record.nodes.append(int(mask[b].any(-1).sum()))
-        return logits, features
+    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> "ReplayPass":
+        for replay, seen in zip(self.running, mask, strict=True):
+            replay.record.nodes.append(int(seen.any(-1).sum()))
+        return ReplayPass(list(self.running), positions)
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
-        for entries in self._said:
-            self._logits[entries] = 0
         for replay, kept in zip(self.running, rows, strict=True):
             replay.length += len(kept)
+
+
+@dataclass(frozen=True)
+class ReplayPass:
+    """What the target said next at each position, and its features there; void for a node off the answer's path."""
+
+    running: list[Replay]
+    positions: Ints
+
+    def choose(self, sequence: int, node: int, sampling: Sampling, uniform: float) -> int:
+        tokens, place = self.running[sequence].answer.tokens, int(self.positions[sequence, node]) + 1
+        return tokens[place] if place < len(tokens) else 0
+
+    def features(self, sequence: int, nodes: Sequence[int]) -> Floats:
+        replay = self.running[sequence]
+        return replay.features[np.minimum(self.positions[sequence, nodes], len(replay.answer.tokens) - 1)]
 
 
 class RecordingDrafter:
@@ -112,14 +108,10 @@ class RecordingDrafter:
     def mask_id(self) -> int:
         return self.drafter.mask_id
 
-    @property
-    def feature_width(self) -> int:
-        return self.drafter.feature_width
-
     def forward(
-        self, features: Floats, feature_lengths: Ints, block_ids: Ints, positions: Ints, mask: Bools
+        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
-        candidates, confidences = self.drafter.forward(features, feature_lengths, block_ids, positions, mask)
+        candidates, confidences = self.drafter.forward(features, block_ids, positions, mask)
         if block_ids.shape[1] == self.block_size and (block_ids[:, 1:] == self.mask_id).all():
             for b, replay in enumerate(self.target.running):
                 tokens = np.array(replay.answer.tokens)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from decoding.cycle import Decoder
 from decoding.modes import MODES
-from decoding.sampling import Sampling, distribution
+from decoding.sampling import Sampling
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
+from engines.sampling import distribution
 from tests.decoding.toys import VOCABULARY, ToyDrafter, ToyTarget, logits_after
 
 

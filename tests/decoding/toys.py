@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engines.engine import HostPass
+
 VOCABULARY = 5
 
 
@@ -47,7 +49,7 @@ class ToyTarget(ToySequences):
         assert positions.tolist() == [list(range(start, start + n))]
         assert (mask[0] == np.tri(n, dtype=bool)).all()
         self.joining += token_ids[0].tolist()
-        return token_ids[..., None].astype(np.float32)
+        return token_ids[0, :, None].astype(np.float32)
 
     def forward(self, token_ids, positions, mask):
         batch, n = token_ids.shape
@@ -64,7 +66,7 @@ class ToyTarget(ToySequences):
                 assert seen[-1] == node
                 logits[b, node] = logits_after(self.running[b] + token_ids[b, seen].tolist(), vocabulary=self.vocabulary)
         self.last = token_ids.copy()
-        return logits, token_ids[..., None].astype(np.float32)
+        return HostPass(logits, token_ids[..., None].astype(np.float32))
 
     def keep(self, rows):
         for sequence, chosen, tokens in zip(self.running, rows, self.last, strict=True):
@@ -78,23 +80,22 @@ class ToyDrafter(ToySequences):
         target: whose committed tokens its own must equal. noise: of its logits.
     """
 
-    feature_width = 1
-
     def __init__(self, target: ToyTarget, noise: float, seed: int) -> None:
         super().__init__()
         self.target, self.noise, self.seed = target, noise, seed
         self.mask_id = target.vocabulary
 
     def prefill(self, features):
-        self.joining += features[0, :, 0].astype(int).tolist()
+        self.joining += features[:, 0].astype(int).tolist()
 
-    def forward(self, features, feature_lengths, block_ids, positions, mask):
+    def forward(self, features, block_ids, positions, mask):
         batch, n = block_ids.shape
         width = min(4, self.target.vocabulary)
         candidates = np.zeros((batch, n, width), np.int64)
         probabilities = np.zeros((batch, n, width), np.float32)
         for b in range(batch):
-            self.running[b] += features[b, : feature_lengths[b], 0].astype(int).tolist()
+            if features[b] is not None:
+                self.running[b] += features[b][:, 0].astype(int).tolist()
             assert self.running[b] == self.target.running[b], "the drafter missed a committed token or saw one twice"
             for place in range(n):
                 block = np.flatnonzero(mask[b, place])

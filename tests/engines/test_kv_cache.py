@@ -7,13 +7,13 @@ from engines.kv_cache import SMALLEST, Buffer, KVCache, capacity_for, gather
 COUNT, HEADS, DIM = 4, 2, 3
 
 
-def allocate(shape, dtype):
-    array = np.full(shape, np.nan, dtype)  # what an allocator leaves in new memory
-    return Buffer(array, array)
+def allocate(sequences, capacity):
+    arrays = [np.zeros((sequences, HEADS, capacity, DIM), np.float32) for _ in range(COUNT)]
+    return [Buffer(array, array) for array in arrays]
 
 
 def empty(sequences=1):
-    return KVCache(COUNT, HEADS, DIM, sequences, capacity_for(0), allocate)
+    return KVCache(sequences, capacity_for(0), allocate)
 
 
 def rows(rng, sequences, count):
@@ -47,8 +47,7 @@ def test_any_history_holds_what_a_list_would(history):
         if action == "join":
             joining = empty().fitting(value)
             new = rows(rng, 1, value)
-            if value:
-                joining.append(0, new, range(value))
+            joining.append(new, [range(value)])
             cache = joining if cache is None else gather([*((cache, b) for b in range(len(model))), (joining, 0)])
             model.append([part[0] for part in new])
         elif action == "leave" and model:
@@ -59,16 +58,16 @@ def test_any_history_holds_what_a_list_would(history):
         elif action == "replace" and model:
             joining, place = empty().fitting(value), value % len(model)
             new = rows(rng, 1, value)
-            if value:
-                joining.append(0, new, range(value))
+            joining.append(new, [range(value)])
             cache = cache.fitting(value)
             cache.replace(place, joining, 0)
             model[place] = [part[0] for part in new]
         elif action == "append" and model and value:
             new = rows(rng, len(model), 12)
             cache = cache.fitting(int(cache.lengths.max()) + len(value))
-            for b in range(len(model)):
-                cache.append(b, new, value)
+            chosen = [value[b % 3 :] for b in range(len(model))]
+            cache.append(new, chosen)
+            for b, value in enumerate(chosen):
                 model[b] = [np.concatenate([had, part[b][:, value]], axis=1) for had, part in zip(model[b], new, strict=True)]
         for b, expected in enumerate(model):
             for found, wanted in zip(contents(cache, b), expected, strict=True):
@@ -81,12 +80,12 @@ def test_any_history_holds_what_a_list_would(history):
 def test_a_full_cache_grows_and_a_short_one_shrinks():
     rng = np.random.default_rng(1)
     cache = empty()
-    cache.append(0, rows(rng, 1, SMALLEST), range(SMALLEST))
+    cache.append(rows(rng, 1, SMALLEST), [range(SMALLEST)])
     assert cache.fitting(SMALLEST) is cache
     grown = cache.fitting(SMALLEST + 1)
     assert grown.capacity == 2 * SMALLEST
     np.testing.assert_array_equal(contents(grown, 0), contents(cache, 0))
     short = empty()
-    short.append(0, rows(rng, 1, 3), range(3))
+    short.append(rows(rng, 1, 3), [range(3)])
     both = gather([(grown, 0), (short, 0)])
     assert gather([(both, 1)]).capacity == SMALLEST

@@ -190,4 +190,4 @@ def test_features_of_an_answer_match_what_the_target_engine_gives(pipeline):
     model = checkpoints.load_target(checkpoints.open_target(pipeline / "target"))
     expected = Features([answer], model, tiny.LAYER_IDS, None).batch([0])[0].float().numpy()
     found = target.prefill(np.array([answer.tokens]), np.arange(6)[None], np.tri(6, dtype=bool)[None])
-    np.testing.assert_allclose(found[0], expected, rtol=0.01, atol=0.05)
+    np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.05)

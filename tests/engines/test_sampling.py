@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from decoding.sampling import Sampling, choose, distribution
+from decoding.sampling import Sampling
+from engines.sampling import choose, distribution
 
 
 @settings(max_examples=60, deadline=None)
