@@ -1,11 +1,12 @@
 """A build directory: what ``export/build.py`` wrote, and the engines in it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.engine import Drafter, GraphInfo, Target
+from engines.engine import Drafter, Engine, GraphInfo, Target
 
 
 class BuildDirectoryError(RuntimeError):
@@ -38,11 +39,6 @@ class BuildDirectory:
             raise BuildDirectoryError(f"{path}: holds no complete build; {advice}") from None
         except (OSError, ValueError, KeyError) as error:
             raise BuildDirectoryError(f"{path}: manifest.json cannot be read ({error}); {advice}") from None
-        backend = manifest["engine"]["backend"]
-        if backend != "onnxruntime":
-            raise BuildDirectoryError(
-                f"{path}: holds {backend} engines, which nothing here runs yet; build with engine.backend onnxruntime"
-            )
         for graph, recorded in graphs.items():
             place = path / "engines" / graph / "graph.json"
             try:
@@ -63,13 +59,31 @@ class BuildDirectory:
         Raises:
             EngineError: the runtime is not to be had here.
         """
-        from engines.onnxruntime import OnnxRuntimeEngine, choose
-
-        options = self.manifest["engine"]
-        provider, precision = choose(options["providers"], options["precision"])
+        load = self._loader()
         target, *drafters = (
-            OnnxRuntimeEngine(self.path / "engines" / graph / "model.onnx", GraphInfo(**recorded["info"]), provider, precision)
+            load(self.path / "engines" / graph, GraphInfo(**recorded["info"]), recorded)
             for graph, recorded in self.manifest["graphs"].items()
         )
         first, second = (Drafter(engine) for engine in drafters) if drafters else (None, None)
         return Target(target), first, second
+
+    def _loader(self) -> Callable[[Path, GraphInfo, dict[str, Any]], Engine]:
+        """What loads an engine from its folder, on the runtime that the build is for."""
+        options = self.manifest["engine"]
+        if options["backend"] == "onnxruntime":
+            from engines.onnxruntime import OnnxRuntimeEngine, choose
+
+            provider, precision = choose(options["providers"], options["precision"])
+            return lambda folder, info, _: OnnxRuntimeEngine(folder / "model.onnx", info, provider, precision)
+        from engines.tensorrt import TensorRTEngine, require
+
+        trt = require(options["backend"])
+        return lambda folder, info, recorded: TensorRTEngine(folder / "model.engine", info, recorded["engine"], trt)
+
+    def check_machine(self) -> None:
+        """See whether this machine can run the engines, without loading them.
+
+        Raises:
+            EngineError: it cannot; the message says what is missing.
+        """
+        self._loader()

@@ -21,6 +21,10 @@ Array = Any  # NumPy's, or PyTorch's on a device
 Features = Array  # [m, F]
 
 
+class EngineError(RuntimeError):
+    """An engine cannot be loaded or run here; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class GraphInfo:
     """What the manifest says of a graph.

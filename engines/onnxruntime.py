@@ -13,16 +13,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.engine import Engine, GraphInfo
+from engines.engine import Engine, EngineError, GraphInfo
 from engines.kv_cache import Buffer, KVCache
 
 Provider = Literal["cuda", "openvino", "cpu"]
 OPENVINO = "OpenVINOExecutionProvider"
-BINDINGS = 4  # shapes whose outputs are kept; a target's logits are tens of megabytes
-
-
-class EngineError(RuntimeError):
-    """An engine cannot be loaded here; the message says what is missing."""
+CALLS = 4  # shapes whose outputs are kept; a target's logits are tens of megabytes
 
 
 def available(provider: Provider) -> bool:
@@ -71,7 +67,7 @@ def _openvino_device() -> Any:
 
 
 @dataclass(frozen=True)
-class Binding:
+class Call:
     """A call of one shape on one cache, bound once: its inputs are written in place before each run."""
 
     cache: KVCache
@@ -105,7 +101,7 @@ class OnnxRuntimeEngine(Engine):
         else:
             names = {"cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu": ["CPUExecutionProvider"]}
             self.session = ort.InferenceSession(path, options, providers=names[provider])
-        self._bindings: OrderedDict[Any, Binding] = OrderedDict()
+        self._calls: OrderedDict[Any, Call] = OrderedDict()
         super().__init__(info)
 
     def allocate(self, sequences: int, capacity: int) -> list[Buffer]:
@@ -126,20 +122,20 @@ class OnnxRuntimeEngine(Engine):
 
     def call(self, cache: KVCache, inputs: dict[str, NDArray]) -> tuple[dict[str, NDArray], list[NDArray]]:
         key = (id(cache), *(value.shape for value in inputs.values()))
-        binding = self._bindings.pop(key, None) or self._bind(cache, inputs)
-        self._bindings[key] = binding
-        if len(self._bindings) > BINDINGS:
-            self._bindings.popitem(last=False)
+        call = self._calls.pop(key, None) or self._bind(cache, inputs)
+        self._calls[key] = call
+        if len(self._calls) > CALLS:
+            self._calls.popitem(last=False)
         for name, value in inputs.items():
-            binding.inputs[name][...] = value
-        binding.inputs["past_lengths"][...] = cache.lengths
-        self.session.run_with_iobinding(binding.io)
-        return binding.outputs, binding.new
+            call.inputs[name][...] = value
+        call.inputs["past_lengths"][...] = cache.lengths
+        self.session.run_with_iobinding(call.io)
+        return call.outputs, call.new
 
-    def _bind(self, cache: KVCache, inputs: dict[str, NDArray]) -> Binding:
+    def _bind(self, cache: KVCache, inputs: dict[str, NDArray]) -> Call:
         """Make room for the inputs and outputs of a call of this shape and bind it all."""
-        for key in [k for k, b in self._bindings.items() if b.cache is not self.running and b.cache is not self.joining]:
-            del self._bindings[key]
+        for key in [k for k, b in self._calls.items() if b.cache is not self.running and b.cache is not self.joining]:
+            del self._calls[key]
         io = self.session.io_binding()
         given = {name: self._buffer(value.shape, value.dtype.type) for name, value in inputs.items()}
         given["past_lengths"] = self._buffer(cache.lengths.shape, np.int64)
@@ -155,7 +151,7 @@ class OnnxRuntimeEngine(Engine):
         for name, buffer in made.items():
             io.bind_ortvalue_output(name, buffer.value)
         new = [made.pop(f"new_{name}") for name in self.info.cache_bindings]
-        return Binding(
+        return Call(
             cache,
             io,
             {name: given[name].array for name in (*inputs, "past_lengths")},

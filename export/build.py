@@ -29,6 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = ("target", "first", "second")
 # What an exported graph follows from, besides its checkpoints.
 SOURCES = ("export/target.py", "export/drafter.py", "export/onnx_export.py", "plugins/cascade_attention/op.py")
+# What a TensorRT engine follows from too.
+COMPILED = (
+    "export/tensorrt_build.py",
+    *(f"plugins/cascade_attention/{name}.py" for name in ("kernel", "compiled", "tensorrt_plugin")),
+)
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
 
@@ -104,11 +109,12 @@ def _compile(backend: str, folder: Path, shapes: tensorrt_build.Profiles, output
 def _key(pipeline: Pipeline, sources: "Sources", graph: str, shapes: tensorrt_build.Profiles) -> str:
     """SHA-256 of all that an engine follows from."""
     backend = pipeline.engine.backend
+    code = SOURCES if backend == "onnxruntime" else SOURCES + COMPILED
     made_from = {
         "backend": [backend, pipeline.engine.graph_dtype, shapes],
         "library": None if backend == "onnxruntime" else tensorrt_build.library(backend).__version__,
         "checkpoints": sources.fingerprints(graph),
-        "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES},
+        "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in code},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

@@ -11,17 +11,10 @@ from typing import Any
 
 import onnx
 
-from engines.engine import SIZES, padded
+from engines import tensorrt_library
+from engines.engine import SIZES, EngineError, padded
 from engines.kv_cache import SMALLEST, capacity_for
 from export.config import UserError
-
-# Where each backend's Python module is found: as NVIDIA's packages name it, and its bindings alone.
-MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-HINTS = {
-    "tensorrt": "pip install d2sd-triton[tensorrt] fetches it from NVIDIA's own index, and NVIDIA's Triton container has it "
-    "(docs/engines.md); backend tensorrt_rtx or onnxruntime needs neither",
-    "tensorrt_rtx": "pip install d2sd-triton[tensorrt-rtx]",
-}
 
 Range = tuple[int, int, int]  # least, most common, most
 Profiles = dict[str, dict[str, Range]]
@@ -37,12 +30,10 @@ def library(backend: str) -> ModuleType:
     Raises:
         TensorRTError: it is not installed; says what to install.
     """
-    for name in MODULES[backend]:
-        try:
-            return importlib.import_module(name)
-        except (ImportError, OSError):
-            continue
-    raise TensorRTError(f"engine.backend: found {backend}, which is not installed here; {HINTS[backend]}")
+    try:
+        return tensorrt_library.library(backend)
+    except EngineError as error:
+        raise TensorRTError(str(error)) from None
 
 
 def profiles(graph: str, block_size: int, branches: int, sequences: int, length: int) -> Profiles:
@@ -106,6 +97,7 @@ def build_engine(backend: str, graph: Path, engine: Path, shapes: Profiles, cach
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     dims = _dims(graph)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # f32 is f32: answers do not change
     for axes in shapes.values():
         profile = builder.create_optimization_profile()
         for value in inputs:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from engines.build_directory import BuildDirectory, BuildDirectoryError
+from engines.engine import EngineError
 
 ASIDE = Path(sys.prefix) / "tritonserver"  # where the Makefile puts the server that a PyPI package ships
 ADVICE = f"pip install --no-deps --target {ASIDE} nvidia-pytriton==0.7.0"
@@ -85,11 +86,12 @@ class Server:
 
     Raises:
         BuildDirectoryError: the directory cannot be served.
+        EngineError: its engines cannot run on this machine.
         ServeError: no server, an occupied port, or the server did not become ready.
     """
 
     def __init__(self, build: Path, host: str, ports: Ports, log: Path | None = None) -> None:
-        BuildDirectory.open(build)
+        BuildDirectory.open(build).check_machine()
         self.host = host
         self.ports = Ports(*(claim(host, port) for port in (ports.http, ports.grpc, ports.metrics)))
         self._backends = tempfile.TemporaryDirectory(prefix="d2sd-backends-")
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             return server.process.wait()
-    except (BuildDirectoryError, ServeError) as error:
+    except (BuildDirectoryError, EngineError, ServeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The operator in Triton's language: ``attend``, and ``merge`` where the prefix was cut; and ``write``. Bindings: ``op.py``.
+"""The operator in Triton's language: ``attend``, and ``merge`` where the prefix was cut. Bindings: ``op.py``.
 
 The query heads that share a KV head lie next to each other, so their G·N queries are the rows of one matrix as it is.
 ``attend`` takes a tile of these rows through a stretch of keys, by online softmax: one of S stretches of the committed
@@ -249,19 +249,6 @@ def merge(
     )
 
 
-@triton.jit(do_not_specialize=["J", "T", "C"])
-def write(new, rows, counts, lengths, cache, J, T, C, HEADS: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr):
-    """Grid: (J, B·Hkv). New row ``rows[b, j]`` becomes row ``lengths[b] + j`` of the cache, for j below ``counts[b]``."""
-    j, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch = pair // HEADS
-    dims = tl.arange(0, PAD)
-    place = tl.load(lengths + batch) + j
-    wanted = (dims < D) & (j < tl.load(counts + batch)) & (place < C)
-    row = tl.load(rows + batch * J + j)
-    value = tl.load(new + (pair * T + row) * D + dims, mask=wanted)
-    tl.store(cache + (pair * C + place) * D + dims, value, mask=wanted)
-
-
 @dataclass(frozen=True)
 class Config:
     """How ``attend`` is compiled: rows of a tile, keys of a block, warps, stages of its loads."""
@@ -361,19 +348,3 @@ def cascade_attention(
             outs, lses, sinks, total, cut + 1, n, out, QUERY_HEADS=query_heads, D=d, PAD=pad(d), TILE=MERGED
         )
     return out
-
-
-def write_rows(new: Tensor, rows: Tensor, counts: Tensor, lengths: Tensor, cache: Tensor) -> None:
-    """Write accepted rows behind what a cache holds, in place.
-
-    Args:
-        new: ``[B, Hkv, T, D]`` keys or values of a call.
-        rows: ``[B, J]`` int64, which of them were accepted, in order; each below T. counts: ``[B]`` int64, how many, at most J.
-        lengths: ``[B]`` int64, rows of the cache in use; what would fall beyond its end is not written.
-        cache: ``[B, Hkv, C, D]`` of the same dtype.
-    """
-    batch, heads, t, d = new.shape
-    if rows.shape[1]:
-        write[(rows.shape[1], batch * heads)](
-            new, rows, counts, lengths, cache, rows.shape[1], t, cache.shape[2], HEADS=heads, D=d, PAD=pad(d)
-        )

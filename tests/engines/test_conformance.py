@@ -11,21 +11,58 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines import onnxruntime
 from engines.build_directory import BuildDirectory
-from engines.engine import SIZES, pad, padded
+from engines.engine import SIZES, Drafter, GraphInfo, Target, pad, padded
+from engines.kv_cache import KVCache
+from engines.tensorrt import TensorRTEngine
 from export.build import build
 from export.config import load
+from export.tensorrt_build import profiles
 from tests import tiny
+from tests.engines import tensorrt_double
 
-PROVIDERS = [provider for provider in ("cpu", "openvino", "cuda") if onnxruntime.available(provider)]
+RUNTIMES = [provider for provider in ("cpu", "openvino", "cuda") if onnxruntime.available(provider)]
+RUNTIMES += ["tensorrt_rtx" if torch.cuda.is_available() else "tensorrt-double"]
 
 
-@pytest.fixture(scope="module", params=[(a, p) for a in ("llama", "qwen3") for p in PROVIDERS], ids="-".join)
-def served(request, tmp_path_factory):
-    architecture, provider = request.param
-    root = tmp_path_factory.mktemp(architecture)
-    file = tiny.save_pipeline(root, architecture, provider)
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def pipeline(request, tmp_path_factory):
+    """A tiny pipeline's file, and its build for ONNX Runtime: one for all of its providers."""
+    root = tmp_path_factory.mktemp(request.param)
+    file = tiny.save_pipeline(root, request.param)
     build(load(file), root / "build")
-    return tiny.target(architecture), BuildDirectory.open(root / "build").load()
+    return request.param, file, BuildDirectory.open(root / "build")
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def served(request, pipeline):
+    architecture, file, directory = pipeline
+    if request.param == "tensorrt-double":
+        return tiny.target(architecture), double(directory)
+    if request.param == "tensorrt_rtx":
+        options = load(file).engine.model_copy(update={"backend": "tensorrt_rtx"})
+        build(load(file).model_copy(update={"engine": options}), file.parent / "compiled")
+        return tiny.target(architecture), BuildDirectory.open(file.parent / "compiled").load()
+    directory.manifest["engine"]["providers"] = [request.param]
+    return tiny.target(architecture), directory.load()
+
+
+class HostWritten(TensorRTEngine):
+    """Without the kernel that writes the cache, which crawls in the interpreter; ``test_cache_write.py`` compares the two."""
+
+    cache = KVCache
+
+
+def double(directory, kind=HostWritten):
+    """Our TensorRT runtime over a build for ONNX Runtime, TensorRT itself stood in for."""
+    engines = []
+    for graph, recorded in directory.manifest["graphs"].items():
+        folder = directory.path / "engines" / graph
+        shapes = profiles(graph, block_size=6, branches=3, sequences=3, length=512)
+        record = tensorrt_double.compile_engine(folder / "model.onnx", folder / "model.engine", shapes)
+        info = GraphInfo(**recorded["info"])
+        engines.append(kind(folder / "model.engine", info, record, tensorrt_double, "cpu"))
+    target, first, second = engines
+    return Target(target), Drafter(first), Drafter(second)
 
 
 def scheduler(engines, mode, slots=3):
@@ -99,14 +136,14 @@ def test_the_cache_is_handed_over_without_a_copy(served):
     target.prefill(np.array([[5, 6, 7]]), np.arange(3)[None], np.tri(3, dtype=bool)[None])
     target.join(None)
     one = (np.array([[8]]), np.array([[3]]), np.ones((1, 1, 1), bool))
-    logits = lambda: target.forward(*one)._logits.copy()  # noqa: E731
+    logits = lambda: engine.read(target.forward(*one)._logits).copy()  # noqa: E731
     before = logits()
     np.testing.assert_array_equal(logits(), before)
-    binding = next(reversed(engine._bindings.values()))
+    call = next(reversed(engine._calls.values()))
     for buffer in engine.running.buffers:
-        buffer.array[:, :, :3] = 0
+        buffer.array[..., :3, :] = 0
     assert np.abs(logits() - before).max() > 1e-3
-    assert next(reversed(engine._bindings.values())) is binding, "the call was bound anew"
+    assert next(reversed(engine._calls.values())) is call, "the call was bound anew"
     engine.reset()
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
-from engines.build_directory import BuildDirectory, BuildDirectoryError
-from export import tensorrt_build
+from engines import tensorrt_library
 from export.build import GRAPHS, build, main
 from export.config import load
 from export.tensorrt_build import TensorRTError, build_engine, profiles
 from tests import tiny
+from triton_repo import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT = {"f32": "FLOAT", "bf16": "BF16", "f16": "HALF"}
@@ -79,9 +80,10 @@ def test_an_engine_computes_in_the_precision_asked_for(tmp_path, precision):
     assert found["engine"]["bindings"] == contract("second", found["info"], FLOAT[precision])
 
 
-def test_serving_says_that_nothing_runs_these_engines(built):
-    with pytest.raises(BuildDirectoryError, match="tensorrt_rtx engines, which nothing here runs yet"):
-        BuildDirectory.open(built / "build")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_serving_them_without_a_gpu_says_so_before_any_work(built, capsys):
+    assert serve.main([str(built / "build")]) == 1
+    assert "tensorrt_rtx engines need an NVIDIA GPU and its driver" in capsys.readouterr().err
 
 
 def test_building_again_touches_nothing_and_a_limit_rebuilds(built, capsys):
@@ -110,7 +112,7 @@ def test_profiles_cover_what_the_engines_are_called_with():
 
 @pytest.mark.parametrize(("backend", "hint"), [("tensorrt", "NVIDIA's Triton container"), ("tensorrt_rtx", "pip install")])
 def test_a_missing_library_is_named_before_any_work(tmp_path, capsys, monkeypatch, backend, hint):
-    monkeypatch.setitem(tensorrt_build.MODULES, backend, ("not_installed_anywhere",))
+    monkeypatch.setitem(tensorrt_library.MODULES, backend, ("not_installed_anywhere",))
     file = tmp_path / "pipeline.yaml"
     file.write_text("target: {checkpoint: nowhere}\ndrafters: {first: nowhere, second: nowhere}\n")
     assert main([str(file), "--output", str(tmp_path / "build"), "--backend", backend]) == 1
@@ -129,7 +131,7 @@ def test_a_graph_that_the_library_cannot_read_is_refused_with_its_reason(tmp_pat
         build_engine("tensorrt_rtx", path, tmp_path / "engine", {}, tmp_path / "timings")
 
 
-@pytest.mark.parametrize("graph", [pytest.param("target", marks=pytest.mark.slow), "first", "second"])
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_the_demos_engines(tmp_path, graph):
     pipeline = load(ROOT / "pipeline.yaml")
     engine = pipeline.engine.model_copy(update={"backend": "tensorrt_rtx"})

@@ -111,25 +111,6 @@ def test_what_it_cannot_take_is_refused(change, message):
         kernel.cascade_attention(*change(list(inputs(1, 2, 1, 2, 5, 5, 9, 64))))
 
 
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 99), d=st.sampled_from(kernel.HEAD_SIZES), j=st.integers(0, 9), dtype=st.sampled_from(DTYPES))
-def test_accepted_rows_are_written_behind_the_prefix(seed, d, j, dtype):
-    g = torch.Generator().manual_seed(seed)
-    batch, heads, t, capacity = 3, 2, 9, 20
-    new = torch.randn(batch, heads, t, d, generator=g).to(dtype)
-    cache = torch.randn(batch, heads, capacity, d, generator=g).to(dtype)
-    rows = torch.stack([torch.randperm(t, generator=g)[:j] for _ in range(batch)])
-    counts = torch.tensor([0, j, j // 2])
-    lengths = torch.tensor([5, capacity - j, 17])  # the last one would run over the end
-    expected = cache.clone()
-    for b in range(batch):
-        for k in range(int(counts[b])):
-            if lengths[b] + k < capacity:
-                expected[b, :, lengths[b] + k] = new[b, :, rows[b, k]]
-    kernel.write_rows(new, rows, counts, lengths, cache)
-    assert torch.equal(cache, expected)
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """What ptxas reports of every head size on sm_90, and of one on the other GPUs; a process without the interpreter."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -212,6 +213,17 @@ def test_text_that_is_not_utf8(server):
             service.infer("preprocessing", [text])
 
 
+def counters(server):
+    """The service's own counters, once nothing runs any more."""
+    read, before = {}, None
+    while read != before:
+        before = read
+        time.sleep(0.3)
+        lines = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text.splitlines()
+        read = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd_")}
+    return read
+
+
 def test_a_client_that_leaves_frees_its_place(server):
     """The stream of the first piece is dropped; the next requests are answered all the same."""
     asked = client(server)
@@ -223,13 +235,9 @@ def test_a_client_that_leaves_frees_its_place(server):
 
 
 def test_metrics_count_cycles(server):
-    def read():
-        lines = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text.splitlines()
-        return {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd_")}
-
-    before = read()
+    before = counters(server)
     answer = client(server).generate("count", Options(max_tokens=11))
-    after = read()
+    after = counters(server)
     assert after["d2sd_committed_tokens"] - before["d2sd_committed_tokens"] == answer.output_tokens
     assert after["d2sd_cycles"] - before["d2sd_cycles"] == answer.cycles
 

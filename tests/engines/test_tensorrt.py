@@ -1,0 +1,196 @@
+"""The runtime for TensorRT engines as far as it goes without a GPU; what it decodes: ``test_conformance.py``."""
+
+import inspect
+import pickle
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx_bindings
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoding.sampling import Sampling
+from engines import sampling
+from engines.engine import EngineError, GraphInfo
+from engines.kv_cache import KVCache
+from engines.tensorrt import ALIGNMENT, DeviceKVCache, DevicePass, TensorRTEngine, draw
+from tests.engines import tensorrt_double
+
+INFO = GraphInfo(layers=1, kv_heads=3, head_dim=8, feature_width=4, vocabulary=7)
+PROFILES = {
+    "decode": {"B": (1, 1, 2), "N": (1, 1, 1), "C": (256, 256, 512)},
+    "verify": {"B": (1, 1, 2), "N": (1, 8, 8), "C": (256, 256, 512)},
+    "prefill": {"B": (1, 1, 1), "N": (1, 16, 16), "C": (256, 256, 512)},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A graph that hands its new rows and the rows in its cache through, as an engine of the double: its file and record."""
+    folder = tmp_path_factory.mktemp("double")
+    make, FLOAT, INT = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    inputs = [
+        ("x", FLOAT, ["B", 3, "N", 8]),
+        ("past_lengths", INT, ["B"]),
+        ("past_k_0", FLOAT, ["B", 3, "C", 8]),
+        ("past_v_0", FLOAT, ["B", 3, "C", 8]),
+    ]
+    outputs = [("new_k_0", FLOAT, ["B", 3, "N", 8]), ("new_v_0", FLOAT, ["B", 3, "N", 8])]
+    outputs += [("kept", FLOAT, ["B", 3, "C", 8]), ("lengths", INT, ["B"])]
+    nodes = [
+        make.make_node("Identity", ["x"], ["new_k_0"]),
+        make.make_node("Neg", ["x"], ["new_v_0"]),
+        make.make_node("Sub", ["past_k_0", "past_v_0"], ["kept"]),
+        make.make_node("Identity", ["past_lengths"], ["lengths"]),
+    ]
+    values = [[make.make_tensor_value_info(*value) for value in side] for side in (inputs, outputs)]
+    onnx.save(
+        make.make_model(make.make_graph(nodes, "g", *values), opset_imports=[make.make_opsetid("", 20)]), folder / "model.onnx"
+    )
+    return folder, tensorrt_double.compile_engine(folder / "model.onnx", folder / "model.engine", PROFILES)
+
+
+def engine(compiled, kind=TensorRTEngine):
+    folder, record = compiled
+    return kind(folder / "model.engine", INFO, record, tensorrt_double, "cpu")
+
+
+def rows(b, n, seed=0):
+    return np.random.default_rng(seed).normal(size=(b, 3, n, 8)).astype(np.float32)
+
+
+def test_the_double_has_the_names_of_the_real_library():
+    """So that what runs against the double calls the real one rightly: every method, and every argument by its name."""
+    for name, double in inspect.getmembers(tensorrt_double, inspect.isclass):
+        if double.__module__ != tensorrt_double.__name__ or name == "Logger":
+            continue
+        real = getattr(tensorrt_rtx_bindings, name)
+        for method, function in inspect.getmembers(double, lambda member: inspect.isfunction(member) or not callable(member)):
+            if method.startswith("_"):
+                continue
+            assert hasattr(real, method), f"{name}.{method}"
+            signature = (getattr(real, method).__doc__ or "").partition("\n")[0]
+            if inspect.isfunction(function) and "*args" not in signature:
+                assert all(f"{given}: " in signature for given in list(inspect.signature(function).parameters)[1:]), signature
+    assert hasattr(tensorrt_rtx_bindings.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(tensorrt_rtx_bindings.Logger, "WARNING")
+    assert hasattr(tensorrt_rtx_bindings.ICudaEngine, "num_io_tensors")
+
+
+def test_rows_go_through_the_cache_by_address(compiled):
+    """Kept rows are what the next call reads, in every layer's place, through growth and a second sequence."""
+    one = engine(compiled)
+    first, second = rows(1, 5, 1), rows(1, 5, 2)
+    for value in (first, second):
+        one.prefill({"x": value}, 5)
+        one.join(None)
+    given = rows(2, 8, 3)
+    one.run({"x": given})
+    one.keep([[0, 2, 7], []])
+    one.keep([[], [5]])
+    found = one.run({"x": rows(2, 1)})
+    kept = found["kept"].numpy()
+    np.testing.assert_array_equal(kept[0, :, :8], 2 * np.concatenate([first[0], given[0][:, [0, 2, 7]]], 1))
+    np.testing.assert_array_equal(kept[1, :, :6], 2 * np.concatenate([second[0], given[1][:, [5]]], 1))
+    assert found["lengths"].tolist() == [8, 6]
+    one.running = one.running.fitting(300)
+    grown = one.run({"x": rows(2, 1)})["kept"].numpy()
+    assert grown.shape[2] == 512
+    np.testing.assert_array_equal(grown[:, :, :256], kept)
+
+
+def test_each_layers_new_rows_lie_where_they_may_be_bound(compiled):
+    one = engine(compiled)
+    one.prefill({"x": rows(1, 3)}, 3)
+    (call,) = one._calls.values()
+    assert call.new.shape == (2, 1, 3, 3, 8)
+    assert call.new.stride(0) * 4 % ALIGNMENT == 0
+    assert call.new[0].is_contiguous()
+
+
+def test_a_call_takes_the_first_profile_that_it_fits_into(compiled):
+    one = engine(compiled)
+    sizes = [{"B": 1, "N": 1}, {"B": 2, "N": 1}, {"B": 2, "N": 2}, {"B": 1, "N": 9}]
+    assert [one._profile(size | {"C": 256}) for size in sizes] == [0, 0, 1, 2]
+    with pytest.raises(EngineError, match="no call of B = 2, N = 9, C = 256; raise limits"):
+        one._profile({"B": 2, "N": 9, "C": 256, 3: 3})
+
+
+def test_calls_of_a_cache_that_is_gone_are_dropped(compiled):
+    one = engine(compiled)
+    one.prefill({"x": rows(1, 3)}, 3)
+    one.join(None)
+    one.run({"x": rows(1, 1)})
+    small, one.running = one.running, one.running.fitting(300)
+    one.run({"x": rows(1, 1)})
+    assert [call.cache for call in one._calls.values()] == [one.running] != [small]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "9.9"}, "was built by double 9.9, this is double double; build again"),
+        ({"bytes": 12}, r"found \d+ bytes, the build wrote 12; build again"),
+        ({"bindings": {"past_k_0": {"dtype": "FLOAT"}}}, r"bindings are not those .*new_k_0"),
+    ],
+)
+def test_a_stale_or_foreign_engine_is_refused(compiled, change, message):
+    folder, record = compiled
+    with pytest.raises(EngineError, match=message):
+        engine((folder, record | change))
+
+
+def test_an_engine_that_the_library_cannot_load_is_refused(compiled, tmp_path):
+    _, record = compiled
+    (tmp_path / "model.engine").write_bytes(b"\0" * record["bytes"])
+    with pytest.raises(EngineError, match="double cannot load it on this GPU"):
+        engine((tmp_path, record))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    size=st.integers(1, 300),
+    temperature=st.floats(0.1, 4),
+    top_k=st.integers(0, 320),
+    top_p=st.floats(0.05, 1.0),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_on_the_device_is_that_on_the_host(seed, size, temperature, top_k, top_p, uniform):
+    logits = np.random.default_rng(seed).normal(scale=3, size=size).astype(np.float32)
+    how = Sampling(temperature, top_k, top_p)
+    expected = sampling.choose(logits, how, uniform)
+    found = DevicePass(torch.tensor(logits)[None, None], torch.zeros(1, 1, 1)).choose(0, 0, how, uniform)
+    if found != expected:  # the uniform number lies on the border of two tokens
+        tokens, odds = sampling.distribution(logits, how)
+        borders = np.cumsum(odds) / odds.sum()
+        assert np.abs(borders - uniform).min() < 1e-9
+        assert found in tokens
+
+
+def test_the_ends_of_a_draw():
+    logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
+    assert draw(logits, Sampling(1.0), 0.0) == 1
+    assert draw(logits, Sampling(1.0), np.nextafter(1, 0)) == 2
+
+
+def test_a_pass_reads_its_greedy_choices_once():
+    logits = torch.randn(2, 5, 30)
+    one = DevicePass(logits, torch.randn(2, 5, 4))
+    chosen = [[one.choose(b, n, Sampling(), 0.0) for n in range(5)] for b in range(2)]
+    assert chosen == logits.argmax(-1).tolist()
+    logits.zero_()
+    assert one.choose(1, 3, Sampling(), 0.0) == chosen[1][3]
+    assert torch.equal(one.features(1, [4, 0]), one._features[1, [4, 0]])
+
+
+def test_device_caches_are_one_tensor(compiled):
+    cache = engine(compiled).joining
+    assert isinstance(cache, DeviceKVCache)
+    assert isinstance(cache, KVCache)
+    (buffer,) = cache.buffers
+    assert buffer.array.shape == (2, 1, 3, 256, 8)
+    assert buffer.value["past_v_0"].data_ptr() == buffer.array[1].data_ptr()
+    assert pickle.loads(compiled[0].joinpath("model.engine").read_bytes())[1] == PROFILES
