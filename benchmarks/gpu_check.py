@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engines.cache_write import write_rows
 from plugins.cascade_attention import kernel, reference
 
 GAMMA, K = 16, 4
@@ -87,7 +88,7 @@ def check(device: str, prefixes: list[int], nodes: list[int], batches: list[int]
                     expected = cache.clone()
                     for b, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
                         expected[b, :, start : start + count] = new[b, :, rows[b, :count]]
-                    kernel.write_rows(new, rows, counts, lengths, cache)
+                    write_rows(new[None], rows, counts, lengths, cache[None])
                     yield {
                         "model": heads.name,
                         "prefix": prefix,
