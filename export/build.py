@@ -184,10 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="build again what is up to date")
     args = parser.parse_args(arguments)
     try:
-        pipeline = load(args.pipeline)
-        if args.backend:
-            engine = pipeline.engine.model_copy(update={"backend": args.backend})
-            pipeline = pipeline.model_copy(update={"engine": engine})
+        pipeline = load(args.pipeline, args.backend)
         build(pipeline, args.output, args.only, args.force)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

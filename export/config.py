@@ -72,6 +72,8 @@ class EngineSection(Section):
     def _compiled(self) -> "EngineSection":
         if self.backend == "onnxruntime" and self.precision == "f16":
             raise ValueError("precision auto, f32 or bf16 with backend onnxruntime")
+        if self.backend == "tensorrt" and self.precision == "f32":  # the plugin's kernel has no f32 form
+            raise ValueError("precision auto, bf16 or f16 with backend tensorrt")
         return self
 
     @property
@@ -152,8 +154,11 @@ class Pipeline(Section):
         return self.model_copy(update={"drafters": None, "decoding": decoding})
 
 
-def load(path: Path) -> Pipeline:
+def load(path: Path, backend: Backend | None = None) -> Pipeline:
     """Read and validate a pipeline file.
+
+    Args:
+        backend: in place of the file's ``engine.backend``.
 
     Raises:
         ConfigError: naming each bad key by its path, with what was found and what is allowed.
@@ -170,6 +175,8 @@ def load(path: Path) -> Pipeline:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: found {raw!r}, allowed: a mapping with {', '.join(Pipeline.model_fields)}")
+    if backend and isinstance(raw.setdefault("engine", {}), dict):
+        raw["engine"]["backend"] = backend
     try:
         return Pipeline.model_validate(raw)
     except ValidationError as error:

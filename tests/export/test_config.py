@@ -40,6 +40,7 @@ def test_the_published_schema_is_current():
             GOOD + "engine: {precision: f16}",
             'engine: found {"precision": "f16"}, allowed: precision auto, f32 or bf16 with backend onnxruntime',
         ),
+        (GOOD + "engine: {precision: f32, backend: tensorrt}", 'engine: found {"precision": "f32", "backend": "tensorrt"}'),
         (GOOD + "engine: {backend: trt}", 'engine.backend: found "trt", allowed: onnxruntime, tensorrt, tensorrt_rtx'),
         (GOOD + "engine: {providers: []}", "engine.providers: found [], allowed: "),
         (GOOD + "limits: 3", "limits: found 3, allowed: "),
@@ -59,6 +60,14 @@ def test_a_bad_file_is_refused_by_key(tmp_path, text, line):
     with pytest.raises(ConfigError) as error:
         load(file)
     assert f"{file}: {line}" in str(error.value)
+
+
+def test_another_backend_is_validated_with_the_rest(tmp_path):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(GOOD + "engine: {precision: f32}")
+    assert load(file, "tensorrt_rtx").engine.backend == "tensorrt_rtx"
+    with pytest.raises(ConfigError, match="allowed: precision auto, bf16 or f16 with backend tensorrt"):
+        load(file, "tensorrt")
 
 
 def test_every_fault_has_its_line(tmp_path):
