@@ -1,12 +1,15 @@
 """The cascade-attention kernel on a GPU: checked against the f32 reference, timed beside other ways, a cycle's cost predicted.
 
-Without a GPU only the checks run, on smaller shapes, in Triton's interpreter: with TRITON_INTERPRET=1 set.
+Without a GPU only the checks run, on smaller shapes, in Triton's interpreter: with TRITON_INTERPRET=1 set. A build given with
+--build answers the evaluation's prompts as well, on whatever runtime it has here: the same answers in both modes, and how fast.
 """
 
 import argparse
 import datetime
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engines.build_directory import BuildDirectory, BuildDirectoryError
 from engines.cache_write import write_rows
 from plugins.cascade_attention import kernel, reference
 
@@ -244,42 +248,79 @@ def cycle(device: str, prefix: int) -> dict[str, float]:
     return {"step_ms": step, **{name: value / step for name, value in times.items()}, "speedup_at_7.05": 7.05 / total}
 
 
+def demo(build: Path, limit: int, tokens: int) -> dict[str, Any]:
+    """Greedy answers of a build by plain decoding, DFlash and D²SD (``speed_grid.py``): how many are alike, and how fast.
+
+    Raises:
+        CalledProcessError: the build cannot be run here; the reason was printed.
+    """
+    options = BuildDirectory.open(build).manifest["decoding"]
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "grid.json"
+        command = [sys.executable, str(Path(__file__).with_name("speed_grid.py")), str(build), "--json", str(table)]
+        command += ["--gamma", str(options["block_size"]), "--branches", str(options["branches"])]
+        subprocess.run([*command, "--limit", str(limit), "--tokens", str(tokens)], check=True)
+        return dict(json.loads(table.read_text(encoding="utf-8")))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="two prefixes and one batch alone")
+    parser.add_argument("--build", type=Path, metavar="DIR", help="a build directory that answers too")
+    parser.add_argument("--limit", type=int, default=2, help="prompts of each evaluation task for --build (default: 2)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer of --build (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the tables")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     if not gpu and not kernel.INTERPRETED.value:
         parser.error("no GPU here; TRITON_INTERPRET=1 runs the checks in Triton's interpreter")
+    if args.build:
+        try:
+            BuildDirectory.open(args.build)
+        except BuildDirectoryError as error:
+            parser.error(str(error))
     device, name = ("cuda", torch.cuda.get_device_name()) if gpu else ("cpu", "Triton's interpreter")
     prefixes, nodes, batches = [128, 1024, 4096, 32768], [16, 48, 80], [1, 8, 32]
     if args.quick:
         prefixes, batches = [1024, 4096], [1]
     if not gpu:
         prefixes, nodes, batches = [128, 384], [16, 80], [1, 3]
+    checks: list[dict[str, Any]] = []
+    times: list[dict[str, Any]] = []
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": name,
         "torch": torch.__version__,
-        "checks": [],
+        "checks": checks,
     }
-    for row in check(device, prefixes, nodes, batches):
-        results["checks"].append(row)
-        print("{model} prefix {prefix} batch {batch} nodes {nodes}: error {error:.2e}".format(**row), flush=True)
-    bad = [r for r in results["checks"] if not (r["error"] < TOLERANCE and r["repeatable"] and r["cache_write"])]
-    if gpu:
-        results["times"] = []
-        for row in time(device, prefixes, nodes, batches):
-            results["times"].append(row)
-            print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-        results["cycle"] = cycle(device, 2048)
-        print(results["cycle"])
-    args.output.mkdir(parents=True, exist_ok=True)
     kind = "".join(c if c.isalnum() else "-" for c in name.lower())
     path = args.output / f"kernel-{kind}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(results['checks'])} checks, {len(bad)} failed; written to {path}")
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:  # after every step: a GPU may be lent for less time than this takes
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for row in check(device, prefixes, nodes, batches):
+        checks.append(row)
+        save()
+        print("{model} prefix {prefix} batch {batch} nodes {nodes}: error {error:.2e}".format(**row), flush=True)
+    if args.build:
+        try:
+            results["demo"] = demo(args.build, args.limit, args.tokens)
+        except subprocess.CalledProcessError as error:
+            return error.returncode
+        save()
+    if gpu:
+        results["times"] = times
+        for row in time(device, prefixes, nodes, batches):
+            times.append(row)
+            save()
+            print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        results["cycle"] = cycle(device, 2048)
+        save()
+        print(results["cycle"])
+    bad = [r for r in checks if not (r["error"] < TOLERANCE and r["repeatable"] and r["cache_write"])]
+    print(f"{len(checks)} checks, {len(bad)} failed; written to {path}")
     for row in bad:
         print(f"failed: {row}", file=sys.stderr)
     return 1 if bad else 0

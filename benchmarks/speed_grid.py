@@ -32,6 +32,7 @@ class Setting:
     tokens: int = 0
     cycles: int = 0
     seconds: float = 0.0
+    same: int = 0  # answers, to the letter, of plain decoding's
 
     def answer(self, prompt: list[int], tokens: int, ends: frozenset[int]) -> tuple[list[int], float]:
         """The answer and the seconds that its cycles took; the prompt's prefill, alike in all settings, is left out."""
@@ -92,6 +93,8 @@ def main() -> int:
     for number, prompt in enumerate(prompts, 1):
         answers, rates = zip(*(entry.answer(prompt, args.tokens, ends) for entry in settings), strict=True)
         differing = sum(answer != answers[0] for answer in answers)
+        for entry, answer in zip(settings, answers, strict=True):
+            entry.same += answer == answers[0]
         print(f"{number}/{len(prompts)} prompts" + (f", {differing} settings differ: a tie" if differing else ""), flush=True)
         for speed, rate in zip(speeds, rates, strict=True):
             if rates[0]:
@@ -106,6 +109,7 @@ def main() -> int:
             "cycle_over_plain": entry.seconds / entry.cycles * plain,
             "speedup": entry.tokens / entry.seconds / plain,
             "median_speedup": median(speed),
+            "same_answers": entry.same,
         }
         for entry, speed in zip(settings, speeds, strict=True)
     ]
@@ -115,8 +119,8 @@ def main() -> int:
         print("| {mode} | {gamma} | {branches} | {acceptance_length:.2f} | {cycle_over_plain:.2f} |".format(**row), end="")
         print(" {speedup:.2f} | {median_speedup:.2f} |".format(**row))
     if args.json:
-        engine = directory.manifest["engine"]
-        figures = {"processor": platform.machine(), "engine": engine, "prompts": len(prompts), "settings": rows}
+        runtime = target.engine.runtime
+        figures = {"processor": platform.machine(), "runtime": runtime, "prompts": len(prompts), "settings": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -64,10 +64,11 @@ class Engine(ABC):
     """A graph, the cache of the running sequences, and that of the one whose prompt is being taken in.
 
     Attributes:
-        cache: the class of its caches.
+        cache: the class of its caches. runtime: what runs it, for people to read.
     """
 
     cache: type[KVCache] = KVCache
+    runtime: str
 
     def __init__(self, info: GraphInfo) -> None:
         self.info = info

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from engines.engine import Engine, EngineError, GraphInfo
 from engines.kv_cache import Buffer, KVCache
 
 Provider = Literal["cuda", "openvino", "cpu"]
-OPENVINO = "OpenVINOExecutionProvider"
+OPENVINO, CUDA, CPU = "OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 CALLS = 4  # shapes whose outputs are kept; a target's logits are tens of megabytes
 
 
@@ -25,7 +26,9 @@ def available(provider: Provider) -> bool:
     """Whether a provider can be used on this machine."""
     if provider == "openvino":
         return _openvino_device() is not None
-    return {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[provider] in ort.get_available_providers()
+    if provider == "cuda" and not _has_cuda_driver():
+        return False
+    return {"cuda": CUDA, "cpu": CPU}[provider] in ort.get_available_providers()
 
 
 def choose(providers: Sequence[Provider], precision: str) -> tuple[Provider, str]:
@@ -44,6 +47,15 @@ def choose(providers: Sequence[Provider], precision: str) -> tuple[Provider, str
     return provider, precision
 
 
+def _has_cuda_driver() -> bool:
+    """ONNX Runtime's CUDA build names the provider wherever it is installed, with a GPU or without."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _has_amx() -> bool:
     """Whether the CPU multiplies bf16 in tiles. Without them OpenVINO's bf16 is slower than its f32 from 16 rows on,
     though it calls the CPU able (docs/engines.md)."""
@@ -53,16 +65,15 @@ def _has_amx() -> bool:
         return False
 
 
+@cache  # a library can be registered once
 def _openvino_device() -> Any:
-    """OpenVINO's CPU device, its plugin registered; None if it is not installed."""
+    """OpenVINO's CPU device, its plugin registered; None if it is not installed, or offers none: it wants a CPU of Intel's."""
     try:
         import onnxruntime_ep_openvino
     except ImportError:
         return None
+    ort.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
     devices = [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO]
-    if not devices:
-        ort.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
-        devices = [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO]
     return next((d for d in devices if d.ep_metadata.get("ov_device") == "CPU"), None)
 
 
@@ -90,6 +101,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, info: GraphInfo, provider: Provider, precision: str, threads: int = 0) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}, {precision}"
         self._memory: Any = None
         if provider == "openvino":
             device = _openvino_device()
@@ -99,8 +111,16 @@ class OnnxRuntimeEngine(Engine):
             options.add_provider_for_devices([device], {"load_config": json.dumps({"CPU": cpu})})
             self.session = ort.InferenceSession(path, options)
         else:
-            names = {"cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"], "cpu": ["CPUExecutionProvider"]}
-            self.session = ort.InferenceSession(path, options, providers=names[provider])
+            # Without TF32, which the provider turns on by itself: f32 is f32, answers do not change.
+            names: list[Any] = [(CUDA, {"use_tf32": "0"}), CPU] if provider == "cuda" else [CPU]
+            if provider == "cuda":
+                ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip put them
+            self.session = ort.InferenceSession(path, options, providers=names)
+            if provider == "cuda" and CUDA not in self.session.get_providers():
+                raise EngineError(
+                    "engine.providers: cuda is installed, but its libraries do not load (ONNX Runtime says which, above); "
+                    "install d2sd-triton[gpu], or leave cuda out of engine.providers"
+                )
         self._calls: OrderedDict[Any, Call] = OrderedDict()
         super().__init__(info)
 
