@@ -11,9 +11,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from decoding import acceptance, boundary
+from decoding import acceptance, boundary, prefix_tree
 from decoding.cycle import Decoder
-from decoding.prefix_tree import PrefixTree
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
@@ -100,10 +99,9 @@ def main() -> int:
         clock.watch(model.engine, "call", "inputs")
         clock.watch(model.engine, "keep", "cache write")
         clock.watch(model, "forward", "padding")
-    clock.watch(boundary, "select", "boundary estimate")
+    clock.watch(boundary, "likeliest", "boundary estimate")
     clock.watch(decoder, "redrafts", "branches")
-    clock.watch(PrefixTree, "__init__", "prefix-tree merge")
-    clock.watch(decoder, "verify", "rows and mask of the tree")
+    clock.watch(prefix_tree, "merge", "prefix-tree merge")
     clock.watch(acceptance, "walk", "acceptance walk")
     clock.watch(decoder, "cycle", "the rest")
     decoder.join = clock.paused(decoder.join)  # type: ignore[method-assign]

@@ -2,25 +2,37 @@
 
 from collections.abc import Callable
 
+from array_api_compat import array_namespace
+
+from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
 
+GONE = -2  # where a walk has ended: no node, and no node's parent
 
-def walk(tree: PrefixTree, choose: Callable[[int], int]) -> tuple[list[int], list[int]]:
-    """Follow the target's own choices from the anchor down, as far as the tree holds them.
+
+def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array, Array]:
+    """Follow the target's own choices from the anchors down, as far as the trees hold them.
 
     Each token is chosen from the target's distribution at a node whose prefix the target chose itself, which is why
     the answer is the target's own, whatever was drafted.
 
     Args:
-        tree: the verified tree.
-        choose: the target's next token after a node. It is called once for each accepted node, in order.
+        tree: the verified trees.
+        choose: called with each depth and the nodes ``[B]`` that the walks have come to, below 0 where one has ended; returns
+            the target's next tokens ``[B]``.
 
     Returns:
-        nodes: the accepted ones, the anchor first; the target's rows for them enter the cache.
-        tokens: the committed ones, as many: those of the accepted nodes below the anchor, then the new anchor.
+        nodes: ``[B, D]``, D = tree.height + 1: the accepted ones, the anchor first, then ``GONE``. The target's rows for them
+            enter the cache.
+        tokens: ``[B, D]``: behind each node the committed one; void behind ``GONE``. The last is the new anchor.
     """
-    nodes, tokens = [0], [choose(0)]
-    while (child := tree.children.get((nodes[-1], tokens[-1]))) is not None:
-        nodes.append(child)
-        tokens.append(choose(child))
-    return nodes, tokens
+    xp = array_namespace(tree.tokens)
+    node = xp.zeros_like(tree.tokens[:, 0])
+    nodes, tokens = [], []
+    for depth in range(tree.height + 1):
+        token = choose(depth, node)
+        nodes.append(node)
+        tokens.append(token)
+        child = (tree.parents == node[:, None]) & (tree.tokens == token[:, None])
+        node = xp.where(xp.any(child, axis=-1), xp.argmax(xp.astype(child, xp.int64), axis=-1), GONE)
+    return xp.stack(nodes, axis=1), xp.stack(tokens, axis=1)

@@ -1,15 +1,18 @@
-"""One cycle: draft, choose boundaries, redraft, merge, verify, accept (docs/method.md). NumPy only.
+"""One cycle: draft, choose boundaries, redraft, merge, verify, accept (docs/method.md).
 
-Every sequence of a batch goes through the same steps; what a step costs is one call of an engine for all of them.
+All sequences of a batch go through it as one array, by the Python array API standard: NumPy's where an engine works in the
+host's memory, PyTorch's on a device. There nothing is waited for but what was accepted, at the end of the cycle.
 """
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
-from decoding import acceptance, boundary
-from decoding.engines import Bools, DrafterEngine, Floats, Ints, Pass, TargetEngine
+from decoding import acceptance, boundary, prefix_tree
+from decoding.engines import Array, Bools, DrafterEngine, Ints, Pass, TargetEngine
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
@@ -19,18 +22,20 @@ PREFILL_CHUNK = 128  # prompt tokens a target pass
 
 @dataclass(frozen=True)
 class Draft:
-    """The first draft of one sequence.
+    """The first drafts.
 
     Attributes:
-        candidates: ``[γ-1, A]`` likeliest tokens of places 1 … γ-1, best first. probabilities: as many.
+        anchors: ``[B]``. candidates: ``[B, γ-1, A]`` likeliest tokens of places 1 … γ-1, best first. probabilities: as many.
     """
 
-    candidates: Ints
-    probabilities: Floats
+    anchors: Array
+    candidates: Array
+    probabilities: Array
 
     @property
-    def tokens(self) -> list[int]:
-        return self.candidates[:, 0].tolist()
+    def tokens(self) -> Array:
+        """``[B, γ-1]``."""
+        return self.candidates[..., 0]
 
 
 class Decoder:
@@ -81,118 +86,105 @@ class Decoder:
 
     def cycle(self, sequences: Many[Sequence], mode_name: ModeName) -> list[list[int]]:
         """Advance every sequence by at least one token. Returns the tokens committed to each."""
-        mode = MODES[mode_name]
-        trees = [PrefixTree(s.anchor, branches) for s, branches in zip(sequences, self.draft(sequences, mode), strict=True)]
-        verified = self.verify(sequences, trees)
+        anchors = self.target.send(np.array([s.anchor for s in sequences], dtype=np.int64))
+        tree = prefix_tree.merge(anchors, self.draft(sequences, anchors, MODES[mode_name]))
+        verified = self.verify(sequences, tree)
+        sampling = [s.sampling for s in sequences]
+        uniforms = self.target.send(np.stack([s.uniforms(tree.height + 1) for s in sequences]))
+        walked = acceptance.walk(tree, lambda depth, nodes: verified.choose(nodes, sampling, uniforms[:, depth]))
+        all_nodes, all_tokens = self.target.read(array_namespace(anchors).stack(walked))
         committed, rows = [], []
-        for b, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
-
-            def choose(node: int, b: int = b, s: Sequence = sequence) -> int:
-                return verified.choose(b, node, s.sampling, s.rng.random())
-
-            nodes, tokens = acceptance.walk(tree, choose)
-            count = sequence.commit(tokens)
+        for b, (sequence, nodes, tokens) in enumerate(zip(sequences, all_nodes, all_tokens, strict=True)):
+            accepted = nodes[nodes >= 0].tolist()
+            chosen = tokens[: len(accepted)].tolist()
+            count = sequence.commit(chosen)
             sequence.cycles += 1
-            sequence.features = verified.features(b, nodes[:count])
-            committed.append(tokens[:count])
-            rows.append(nodes[:count])
+            sequence.features = verified.features(b, accepted[:count])
+            committed.append(chosen[:count])
+            rows.append(accepted[:count])
         self.target.keep(rows)
         return committed
 
-    def verify(self, sequences: Many[Sequence], trees: Many[PrefixTree]) -> Pass:
+    def verify(self, sequences: Many[Sequence], tree: PrefixTree) -> Pass:
         """One target pass over the nodes of all trees."""
-        n = max(len(tree) for tree in trees)
-        token_ids = np.zeros((len(trees), n), dtype=np.int64)
-        positions = np.zeros((len(trees), n), dtype=np.int64)
-        mask = np.zeros((len(trees), n, n), dtype=bool)
-        for b, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
-            size = len(tree)
-            token_ids[b, :size] = tree.tokens
-            positions[b, :size] = sequence.position + np.array(tree.depths)
-            mask[b, :size, :size] = tree.mask()
-        return self.target.forward(token_ids, positions, mask)
+        starts = self.target.send(_positions(sequences))
+        return self.target.forward(tree.tokens, starts[:, None] + tree.depths, tree.mask)
 
-    def draft(self, sequences: Many[Sequence], mode: Mode) -> list[list[list[int]]]:
-        """The branches of each sequence: the first block, then what the mode adds to it."""
+    def draft(self, sequences: Many[Sequence], anchors: Array, mode: Mode) -> Array:
+        """The branches of each sequence, ``[B, W, γ-1]``: the first block, then what the mode adds to it. If it drafts nothing:
+        one branch of no tokens."""
+        xp = array_namespace(anchors)
         if not mode.drafts:
-            return [[] for _ in sequences]
-        gamma = self.block_size
+            return anchors[:, None, None][..., :0]
         first = self.drafters[0]
-        blocks = np.full((len(sequences), gamma), first.mask_id, dtype=np.int64)
+        blocks = np.full((len(sequences), self.block_size), first.mask_id, dtype=np.int64)
         blocks[:, 0] = [s.anchor for s in sequences]
         candidates, probabilities = self._run(first, sequences, blocks, fresh=True)
-        drafts = [Draft(c[1:].copy(), p[1:].copy()) for c, p in zip(candidates, probabilities, strict=True)]
+        draft = Draft(anchors, *(xp.asarray(made[:, 1:], copy=True) for made in (candidates, probabilities)))
+        block = draft.tokens[:, None]
         if mode.branches is None:
-            return [[draft.tokens] for draft in drafts]
+            return block
         if mode.branches == "samples":
-            return [[d.tokens, *self._samples(d, s)] for d, s in zip(drafts, sequences, strict=True)]
-        selection = mode.selection or self.selection
-        kept = [
-            boundary.select(d.probabilities[:, 0], self.branches, selection, s.draft_rng()).tolist()
-            for d, s in zip(drafts, sequences, strict=True)
-        ]
-        tails = self.tails(sequences, drafts, kept, mode)
-        return [
-            [draft.tokens] + [draft.tokens[:i] + tail for i, tail in zip(places, their_tails, strict=True)]
-            for draft, places, their_tails in zip(drafts, kept, tails, strict=True)
-        ]
+            return xp.concat([block, self._samples(draft, sequences)], axis=1)
+        kept = self.boundaries(sequences, draft, mode.selection or self.selection)
+        places = xp.arange(self.block_size - 1, device=device(anchors))
+        branches = xp.where(places < kept[..., None], block, self.tails(sequences, draft, kept, mode))
+        return xp.concat([block, branches], axis=1)
 
-    def tails(self, sequences: Many[Sequence], drafts: Many[Draft], kept: Many[list[int]], mode: Mode) -> list[list[list[int]]]:
-        """What follows the kept tokens of each branch, up to the block's end: ``tails[b][j]`` has γ-1-kept[b][j] tokens."""
-        length = self.block_size - 1
+    def boundaries(self, sequences: Many[Sequence], draft: Draft, selection: Selection) -> Array:
+        """How many draft tokens each branch keeps, ``[B, K]``."""
+        if selection == "confidence":
+            return boundary.likeliest(draft.probabilities[..., 0], self.branches)
+        chosen = [boundary.anywhere(self.block_size - 1, self.branches, s.draft_rng()) for s in sequences]
+        return self.target.send(np.stack(chosen))
+
+    def tails(self, sequences: Many[Sequence], draft: Draft, kept: Array, mode: Mode) -> Array:
+        """What each branch says behind the tokens that it keeps, ``[B, K, γ-1]``; void at the kept places."""
+        xp = array_namespace(kept)
         if mode.branches == "runner_up":
-            return [
-                [[int(d.candidates[i, 1]), *d.tokens[i + 1 :]] for i in places] for d, places in zip(drafts, kept, strict=True)
-            ]
+            places = xp.arange(self.block_size - 1, device=device(kept))
+            return xp.where(places == kept[..., None], draft.candidates[:, None, :, 1], draft.tokens[:, None])
         if mode.branches == "random":
-            rngs = [s.draft_rng() for s in sequences]
-            return [
-                [rng.integers(self.vocabulary, size=length - i).tolist() for i in places]
-                for rng, places in zip(rngs, kept, strict=True)
-            ]
+            size = (kept.shape[1], self.block_size - 1)
+            return self.target.send(np.stack([s.draft_rng().integers(self.vocabulary, size=size) for s in sequences]))
         if mode.branches == "fixed":
-            return [[[0] * (length - i) for i in places] for places in kept]
-        drafter = self.drafters[0 if mode.branches == "first" else 1]
-        return self.redrafts(drafter, sequences, drafts, kept)
+            return xp.zeros_like(kept)[..., None]
+        return self.redrafts(self.drafters[0 if mode.branches == "first" else 1], sequences, draft, kept)
 
-    def redrafts(
-        self, drafter: DrafterEngine, sequences: Many[Sequence], drafts: Many[Draft], kept: Many[list[int]]
-    ) -> list[list[list[int]]]:
+    def redrafts(self, drafter: DrafterEngine, sequences: Many[Sequence], draft: Draft, kept: Array) -> Array:
         """Fill all branches of all sequences in one pass: K blocks a sequence, blind to each other (docs/method.md §3).
 
         A branch at i matters only if draft token i+1 is wrong, so an exclusive redraft may not say it again.
         """
-        gamma, width = self.block_size, len(kept[0])
-        blocks = np.full((len(sequences), width, gamma), drafter.mask_id, dtype=np.int64)
-        for b, (sequence, draft, places) in enumerate(zip(sequences, drafts, kept, strict=True)):
-            for j, i in enumerate(places):
-                blocks[b, j, 0] = sequence.anchor
-                blocks[b, j, 1 : i + 1] = draft.tokens[:i]
-        candidates, _ = self._run(drafter, sequences, blocks.reshape(len(sequences), -1), fresh=drafter is not self.drafters[0])
-        candidates = candidates.reshape(*blocks.shape, -1)
-        tails = candidates[..., 0].tolist()
-        for b, (draft, places) in enumerate(zip(drafts, kept, strict=True)):
-            for j, i in enumerate(places):
-                best, runner_up = candidates[b, j, i + 1, :2].tolist()
-                refused = self.redraft == "exclusive" and best == draft.tokens[i]
-                tails[b][j] = [runner_up if refused else best, *tails[b][j][i + 2 :]]
-        return tails
+        xp = array_namespace(kept)
+        whole = xp.concat([draft.anchors[:, None], draft.tokens], axis=1)[:, None]  # [B, 1, γ]
+        places = xp.arange(self.block_size, device=device(kept))
+        blocks = xp.where(places <= kept[..., None], whole, drafter.mask_id)  # [B, K, γ]
+        flat = xp.reshape(blocks, (len(sequences), -1))
+        candidates, _ = self._run(drafter, sequences, flat, fresh=drafter is not self.drafters[0])
+        candidates = xp.reshape(candidates, (*blocks.shape, -1))[:, :, 1:]
+        best = candidates[..., 0]
+        if self.redraft == "free":
+            return best
+        refused = (places[:-1] == kept[..., None]) & (best == draft.tokens[:, None])
+        return xp.where(refused, candidates[..., 1], best)
 
-    def _samples(self, draft: Draft, sequence: Sequence) -> list[list[int]]:
-        """K blocks drawn at T=1 from the first draft, place by place, among each place's candidates."""
-        odds = draft.probabilities.astype(np.float64)
-        odds /= odds.sum(-1, keepdims=True)
-        drawn = sequence.draft_rng().random((self.branches, len(odds), 1))
-        index = (np.cumsum(odds, axis=-1) <= drawn).sum(-1).clip(max=odds.shape[1] - 1)
-        return np.take_along_axis(draft.candidates[None], index[..., None], axis=-1)[..., 0].tolist()
+    def _samples(self, draft: Draft, sequences: Many[Sequence]) -> Array:
+        """K blocks drawn at T=1 from the first drafts, place by place, among each place's candidates: ``[B, K, γ-1]``."""
+        xp = array_namespace(draft.candidates)
+        size = (self.branches, self.block_size - 1, 1)
+        drawn = self.target.send(np.stack([s.draft_rng().random(size) for s in sequences]))
+        odds = xp.astype(draft.probabilities, xp.float64)
+        reached = xp.cumulative_sum(odds / xp.sum(odds, axis=-1, keepdims=True), axis=-1)
+        below = xp.astype(reached[:, None, :, :-1] <= drawn, xp.int64)
+        return xp.take_along_axis(draft.candidates[:, None], xp.sum(below, axis=-1, keepdims=True), axis=-1)[..., 0]
 
-    def _run(self, drafter: DrafterEngine, sequences: Many[Sequence], block_ids: Ints, *, fresh: bool) -> tuple[Ints, Floats]:
+    def _run(self, drafter: DrafterEngine, sequences: Many[Sequence], block_ids: Array, *, fresh: bool) -> tuple[Array, Array]:
         """Run blocks of γ through a drafter; ``fresh`` if it has not seen the newly committed features yet."""
         gamma = self.block_size
         blocks = block_ids.shape[1] // gamma
         features = [s.features if fresh else None for s in sequences]
-        starts = np.array([s.position for s in sequences], dtype=np.int64)
-        positions: Ints = np.add.outer(starts, np.tile(np.arange(gamma), blocks))
+        positions: Ints = np.add.outer(_positions(sequences), np.tile(np.arange(gamma), blocks))
         own: Bools = np.kron(np.eye(blocks, dtype=bool), np.ones((gamma, gamma), dtype=bool))
         mask = np.broadcast_to(own, (len(sequences), *own.shape))
         return drafter.forward(features, block_ids, positions, mask)
@@ -205,3 +197,8 @@ class Decoder:
     def _drafting(self, mode: Mode) -> list[DrafterEngine]:
         """The drafters that a mode feeds: the second one only where it redrafts."""
         return self.drafters[: 0 if not mode.drafts else 2 if mode.branches == "second" else 1]
+
+
+def _positions(sequences: Many[Sequence]) -> NDArray[np.int64]:
+    """Of the anchors, ``[B]``."""
+    return np.array([s.position for s in sequences], dtype=np.int64)

@@ -1,6 +1,8 @@
 """What decoding asks of the engines: it runs on whatever has these methods, and knows no runtime.
 
-An engine holds the running sequences in an order, and beside them one whose prompt is being taken in.
+An engine holds the running sequences in an order, and beside them one whose prompt is being taken in. What it makes stays in
+the runtime's own memory, which may be a device's. Decoding works on it there, by the Python array API standard, and waits for
+a device only in ``read``.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,8 @@ from decoding.sampling import Sampling
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-Features = Any  # [m, F] rows of the target's features, in the runtime's own memory: decoding hands them on unread
+Array = Any  # NumPy's, or PyTorch's on a device; both have the array API standard's operations
+Features = Array  # [m, F] rows of the target's features: decoding hands them on unread
 
 
 class Sequences(Protocol):
@@ -27,12 +30,25 @@ class Sequences(Protocol):
     def reset(self) -> None:
         """Drop all sequences."""
 
+    def send(self, array: NDArray) -> Array:
+        """The host's array in the runtime's memory; the host does not wait for it."""
+
+    def read(self, array: Array) -> NDArray:
+        """The runtime's array in the host's memory, waited for."""
+
 
 class Pass(Protocol):
     """What a pass of the target says of each of its ``[B, N]`` tokens, until the next pass."""
 
-    def choose(self, sequence: int, node: int, sampling: Sampling, uniform: float) -> int:
-        """The target's token behind a node: the likeliest one, or the one that a uniform number in [0, 1) draws."""
+    def choose(self, nodes: Array, sampling: Sequence[Sampling], uniforms: Array) -> Array:
+        """The target's token behind a node of each sequence: the likeliest, or the one that a uniform number draws.
+
+        Args:
+            nodes: ``[B]`` int64; below 0 where there is none. uniforms: ``[B]`` f64 in [0, 1).
+
+        Returns:
+            ``[B]`` int64, void where there is no node.
+        """
 
     def features(self, sequence: int, nodes: Sequence[int]) -> Features:
         """Those of some nodes of a sequence, ``[len(nodes), F]``; they outlast the pass."""
@@ -43,7 +59,7 @@ class TargetEngine(Sequences, Protocol):
         """Take ``[1, N]`` prompt tokens into the cache of the joining sequence. Returns their features ``[N, F]``,
         which the next call overwrites."""
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> Pass:
+    def forward(self, token_ids: Array, positions: Array, mask: Array) -> Pass:
         """Run over ``[B, N]`` tokens of the running sequences under ``[B, N, N]`` masks."""
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
@@ -55,8 +71,8 @@ class DrafterEngine(Sequences, Protocol):
         """Take prompt features ``[M, F]`` into the cache of the joining sequence."""
 
     def forward(
-        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
-    ) -> tuple[Ints, Floats]:
+        self, features: Sequence[Features | None], block_ids: Array, positions: Ints, mask: Bools
+    ) -> tuple[Array, Array]:
         """Take the features of newly committed tokens into the cache, then run over blocks.
 
         Args:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
@@ -35,7 +36,8 @@ class Sequence:
     features: Any = field(init=False, default=None)
     cycles: int = field(init=False, default=0)
     finish: Finish | None = field(init=False, default=None)
-    rng: np.random.Generator = field(init=False)
+    _rng: np.random.Generator = field(init=False)
+    _drawn: NDArray[np.float64] = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -43,7 +45,8 @@ class Sequence:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens: found {self.max_tokens}, allowed: 1 or more")
         self.tokens = list(self.prompt)
-        self.rng = np.random.default_rng(self.sampling.seed)
+        self._rng = np.random.default_rng(self.sampling.seed)
+        self._drawn = np.empty(0)
 
     @property
     def anchor(self) -> int:
@@ -58,6 +61,13 @@ class Sequence:
     def answer(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """The request's random numbers for its next ``count`` tokens, ``[count]`` in [0, 1): a token's is its own, however many
+        cycles ask for it."""
+        missing = max(0, count - len(self._drawn))
+        self._drawn = np.concatenate([self._drawn, self._rng.random(missing)])
+        return self._drawn[:count]
+
     def draft_rng(self) -> np.random.Generator:
         """For what a mode draws while drafting. The request's own numbers are for the target's choices alone."""
         return np.random.default_rng((self.sampling.seed, len(self.tokens)))
@@ -66,6 +76,7 @@ class Sequence:
         """Append committed tokens, up to the one that ends the answer. Returns how many were appended."""
         for count, token in enumerate(tokens, 1):
             self.tokens.append(token)
+            self._drawn = self._drawn[1:]
             if token in self.end_ids:
                 self.finish = "end"
             elif len(self.tokens) - len(self.prompt) >= self.max_tokens:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from engines import sampling
@@ -53,8 +54,12 @@ class HostPass:
     def __init__(self, logits: Floats, features: Floats) -> None:
         self._logits, self._features = logits, features
 
-    def choose(self, sequence: int, node: int, how: sampling.Sampling, uniform: float) -> int:
-        return sampling.choose(self._logits[sequence, node], how, uniform)
+    def choose(self, nodes: Ints, how: Sequence[sampling.Sampling], uniforms: NDArray[np.float64]) -> Ints:
+        chosen = np.zeros_like(nodes)
+        for b, node in enumerate(nodes):
+            if node >= 0:
+                chosen[b] = sampling.choose(self._logits[b, node], how[b], uniforms[b])
+        return chosen
 
     def features(self, sequence: int, nodes: Sequence[int]) -> Floats:
         return self._features[sequence, nodes]
@@ -90,9 +95,13 @@ class Engine(ABC):
             The outputs, and the new K/V rows, for each buffer of the cache; the next call overwrites both.
         """
 
-    def read(self, output: Array) -> NDArray:
-        """An output, in the host's memory."""
-        return output
+    def send(self, array: NDArray) -> Array:
+        """The host's array in the memory that outputs lie in."""
+        return array
+
+    def read(self, array: Array) -> NDArray:
+        """An array of that memory in the host's."""
+        return array
 
     def stack(self, features: Sequence[Features | None], rows: int) -> Array:
         """Features of each sequence, ``[m, F]`` or None, zero-padded to ``[B, rows, F]``."""
@@ -155,21 +164,23 @@ def padded(n: int) -> int:
     return next((size for size in SIZES if size >= n), -(-n // SIZES[-1]) * SIZES[-1])
 
 
-def pad(array: NDArray, *sizes: int) -> NDArray:
+def pad(array: Array, *sizes: int) -> Array:
     """Zero-pad the axes behind the first to ``sizes``."""
     if array.shape[1:] == sizes:
         return array
-    out = np.zeros((array.shape[0], *sizes), dtype=array.dtype)
+    xp = array_namespace(array)
+    out = xp.zeros((array.shape[0], *sizes), dtype=array.dtype, device=device(array))
     out[tuple(slice(had) for had in array.shape)] = array
     return out
 
 
 class Sequences:
-    """What a model over an engine hands through: which sequences there are."""
+    """What a model over an engine hands through: which sequences there are, and its memory."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.join, self.leave, self.reset = engine.join, engine.leave, engine.reset
+        self.send, self.read = engine.send, engine.read
 
 
 class Target(Sequences):
@@ -179,13 +190,13 @@ class Target(Sequences):
         n = token_ids.shape[1]
         return self.engine.prefill(self._inputs(token_ids, positions, mask), n)["features"][0, :n]
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> Any:
+    def forward(self, token_ids: Array, positions: Array, mask: Array) -> Any:
         return self.engine.verified(self.engine.run(self._inputs(token_ids, positions, mask)))
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
         self.engine.keep(rows)
 
-    def _inputs(self, token_ids: Ints, positions: Ints, mask: Bools) -> dict[str, NDArray]:
+    def _inputs(self, token_ids: Array, positions: Array, mask: Array) -> dict[str, Array]:
         n = padded(token_ids.shape[1])
         return {"token_ids": pad(token_ids, n), "positions": pad(positions, n), "mask": pad(mask, n, n)}
 
@@ -203,16 +214,16 @@ class Drafter(Sequences):
         self.engine.prefill(inputs, len(features))
 
     def forward(
-        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
-    ) -> tuple[Ints, Floats]:
+        self, features: Sequence[Features | None], block_ids: Array, positions: Ints, mask: Bools
+    ) -> tuple[Array, Array]:
         n = block_ids.shape[1]
         lengths = [0 if own is None else len(own) for own in features]
         out = self.engine.run(self._inputs(features, lengths, block_ids, positions, mask))
         self.engine.keep([range(length) for length in lengths])
-        return self.engine.read(out["tokens"])[:, :n], self.engine.read(out["confidences"])[:, :n]
+        return out["tokens"][:, :n], out["confidences"][:, :n]
 
     def _inputs(
-        self, features: Sequence[Features | None], lengths: list[int], block_ids: Ints, positions: Ints, mask: Bools
+        self, features: Sequence[Features | None], lengths: list[int], block_ids: Array, positions: Ints, mask: Bools
     ) -> dict[str, Array]:
         n, m = padded(block_ids.shape[1]), padded(max(lengths))
         valid = np.arange(m) < np.array(lengths)[:, None]

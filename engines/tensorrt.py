@@ -1,8 +1,7 @@
-"""Engines on TensorRT and TensorRT-RTX. Caches, features and logits stay on the GPU; tokens and confidences leave it.
+"""Engines on TensorRT and TensorRT-RTX. Caches, features, logits and drafts stay on the GPU; accepted tokens leave it.
 
 Everything is queued on PyTorch's current stream: inputs go there from pinned memory, the engine's tensors are bound by
-address, accepted rows are written into the cache by a kernel. The host waits only where it reads: a drafter's tokens, which
-the next step is made from, and the target's choices.
+address, accepted rows are written into the cache by a kernel. The host waits in ``read`` alone, which a cycle calls once.
 """
 
 from collections import OrderedDict
@@ -76,34 +75,54 @@ class DevicePass:
 
     def __init__(self, logits: Tensor, features: Tensor) -> None:
         self._logits, self._features = logits, features
-        self._best: NDArray[np.int64] | None = None
+        self._best: Tensor | None = None
+        self._how: Tensor | None = None
 
-    def choose(self, sequence: int, node: int, how: sampling.Sampling, uniform: float) -> int:
-        if not sampling.greedy(how):
-            return draw(self._logits[sequence, node], how, uniform)
-        if self._best is None:  # of every node at once: the walk then reads no more
-            self._best = self._logits.argmax(-1).cpu().numpy()
-        return int(self._best[sequence, node])
+    def choose(self, nodes: Tensor, how: Sequence[sampling.Sampling], uniforms: Tensor) -> Tensor:
+        nodes = nodes.clamp(min=0)
+        if self._best is None:
+            self._best = self._logits.argmax(-1)
+        best = self._best.gather(1, nodes[:, None])[:, 0]
+        if all(sampling.greedy(each) for each in how):
+            return best
+        if self._how is None:
+            table = [(sampling.greedy(each), each.temperature or 1.0, each.top_k, each.top_p) for each in how]
+            self._how = to_device(np.array(table), nodes.device)
+        greedy, temperature, top_k, top_p = self._how.T[..., None]
+        cut = any(each.top_k or each.top_p < 1.0 for each in how)
+        logits = self._logits[torch.arange(len(nodes), device=nodes.device), nodes]
+        drawn = draw(logits, temperature, (top_k, top_p) if cut else None, uniforms[:, None])
+        return torch.where(greedy[:, 0] > 0, best, drawn)
 
     def features(self, sequence: int, nodes: Sequence[int]) -> Tensor:
         return self._features[sequence].index_select(0, to_device(np.array(nodes), self._features.device))
 
 
-def draw(logits: Tensor, how: sampling.Sampling, uniform: float) -> int:
-    """``sampling.choose`` on the device: logits ``[V]``; one number is read."""
+def draw(logits: Tensor, temperature: Tensor, cut: tuple[Tensor, Tensor] | None, uniforms: Tensor) -> Tensor:
+    """``sampling.choose`` for a batch, on its device.
+
+    Args:
+        logits: ``[B, V]``. temperature: ``[B, 1]``, above 0. cut: top_k and top_p, ``[B, 1]`` each; None if no row has either.
+        uniforms: ``[B, 1]``. All but the logits are f64.
+
+    Returns:
+        ``[B]`` int64.
+    """
     scaled = logits.double()
-    scaled = (scaled - scaled.max()) / how.temperature
-    if 0 < how.top_k < len(scaled):
-        kept = scaled.topk(how.top_k).indices
-        scaled = torch.full_like(scaled, -torch.inf).scatter_(0, kept, scaled[kept])
-    probabilities = torch.softmax(scaled, 0)
-    if how.top_p < 1.0:
-        descending, order = probabilities.sort(descending=True, stable=True)
-        needed = descending.cumsum(0) - descending < how.top_p
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, descending * needed)
-    cumulative = probabilities.cumsum(0)
-    last = probabilities.nonzero()[-1, 0]
-    return int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=last))
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature
+    if cut is None:
+        probabilities = torch.softmax(scaled, -1)
+    else:
+        top_k, top_p = cut
+        descending, order = scaled.sort(descending=True, stable=True)
+        beyond = (torch.arange(scaled.shape[1], device=scaled.device) >= top_k) & (top_k > 0)
+        descending = torch.softmax(descending.masked_fill(beyond, -torch.inf), -1)
+        needed = (descending.cumsum(-1) - descending < top_p) | (top_p >= 1.0)
+        probabilities = torch.zeros_like(scaled).scatter_(-1, order, descending * needed)
+    cumulative = probabilities.cumsum(-1)
+    last = ((probabilities > 0) * torch.arange(scaled.shape[1], device=scaled.device)).amax(-1)
+    found = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)[:, 0]
+    return torch.minimum(found, last)
 
 
 @dataclass
@@ -141,6 +160,7 @@ class TensorRTEngine(Engine):
     def __init__(self, path: Path, info: GraphInfo, record: dict[str, Any], trt: ModuleType, device: str = "cuda") -> None:
         self.device = torch.device(device)
         self.record, self.bindings = record, record["bindings"]
+        self.runtime = f"{record['library']} {record['version']}"
         self._trt, self._calls = trt, OrderedDict[Any, Call]()
         advice = "build again: python export/build.py"
         if record["version"] != trt.__version__:
@@ -168,8 +188,11 @@ class TensorRTEngine(Engine):
         array = torch.zeros(shape, dtype=dtype, device=self.device)
         return [Buffer(array, dict(zip((f"past_{name}" for name in info.cache_bindings), array, strict=True)))]
 
-    def read(self, output: Tensor) -> NDArray:
-        return output.cpu().numpy()
+    def send(self, array: NDArray) -> Tensor:
+        return to_device(array, self.device)
+
+    def read(self, array: Tensor) -> NDArray:
+        return array.cpu().numpy()
 
     def stack(self, features: Sequence[Features | None], rows: int) -> Tensor:
         stacked = torch.zeros(len(features), rows, self.info.feature_width, device=self.device)

@@ -27,7 +27,7 @@ from training import report
 from training.corpus import Answer, Answerer, read_corpus
 from training.features import Features
 from training.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
-from training.replay import Record, RecordingDrafter, ReplayTarget
+from training.replay import HostDrafter, Record, RecordingDrafter, ReplayTarget
 
 SLOTS = 8  # answers decoded together
 DEFAULT_MODES = (
@@ -114,7 +114,7 @@ def measure(
     decoder = Decoder(
         target,
         first,
-        drafters[1],
+        HostDrafter(drafters[1]),
         block_size=options["block_size"],
         branches=branches or options["branches"],
         vocabulary=vocabulary,

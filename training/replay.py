@@ -71,6 +71,12 @@ class ReplayTarget:
         self.waiting.clear()
         self.running.clear()
 
+    def send(self, array: NDArray) -> NDArray:
+        return array
+
+    def read(self, array: NDArray) -> NDArray:
+        return array
+
     def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> "ReplayPass":
         for replay, seen in zip(self.running, mask, strict=True):
             replay.record.nodes.append(int(seen.any(-1).sum()))
@@ -88,21 +94,25 @@ class ReplayPass:
     running: list[Replay]
     positions: Ints
 
-    def choose(self, sequence: int, node: int, sampling: Sampling, uniform: float) -> int:
-        tokens, place = self.running[sequence].answer.tokens, int(self.positions[sequence, node]) + 1
-        return tokens[place] if place < len(tokens) else 0
+    def choose(self, nodes: Ints, sampling: Sequence[Sampling], uniforms: NDArray[np.float64]) -> Ints:
+        chosen = np.zeros_like(nodes)
+        for b, node in enumerate(nodes):
+            tokens, place = self.running[b].answer.tokens, int(self.positions[b, node]) + 1
+            chosen[b] = tokens[place] if node >= 0 and place < len(tokens) else 0
+        return chosen
 
     def features(self, sequence: int, nodes: Sequence[int]) -> Floats:
         replay = self.running[sequence]
         return replay.features[np.minimum(self.positions[sequence, nodes], len(replay.answer.tokens) - 1)]
 
 
-class RecordingDrafter:
-    """A first drafter whose drafts are compared with what the replayed target says."""
+class HostDrafter:
+    """A drafter whose drafts come into the host's memory, where the replayed target's tokens lie."""
 
-    def __init__(self, drafter: DrafterEngine, target: ReplayTarget, block_size: int) -> None:
-        self.drafter, self.target, self.block_size = drafter, target, block_size
+    def __init__(self, drafter: DrafterEngine) -> None:
+        self.drafter = drafter
         self.prefill, self.join, self.leave, self.reset = drafter.prefill, drafter.join, drafter.leave, drafter.reset
+        self.send, self.read = drafter.send, drafter.read
 
     @property
     def mask_id(self) -> int:
@@ -112,6 +122,20 @@ class RecordingDrafter:
         self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
         candidates, confidences = self.drafter.forward(features, block_ids, positions, mask)
+        return self.read(candidates), self.read(confidences)
+
+
+class RecordingDrafter(HostDrafter):
+    """A first drafter whose drafts are compared with what the replayed target says."""
+
+    def __init__(self, drafter: DrafterEngine, target: ReplayTarget, block_size: int) -> None:
+        super().__init__(drafter)
+        self.target, self.block_size = target, block_size
+
+    def forward(
+        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
+    ) -> tuple[Ints, Floats]:
+        candidates, confidences = super().forward(features, block_ids, positions, mask)
         if block_ids.shape[1] == self.block_size and (block_ids[:, 1:] == self.mask_id).all():
             for b, replay in enumerate(self.target.running):
                 tokens = np.array(replay.answer.tokens)

@@ -2,10 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from decoding.boundary import rejection_probabilities, select
-
-RNG = np.random.default_rng(0)
+from decoding.boundary import anywhere, likeliest, rejection_probabilities
 
 
 def test_rejection_probabilities_are_those_of_independent_acceptances():
@@ -26,20 +25,21 @@ def test_certain_and_hopeless_drafts(size):
     assert rejection_probabilities(np.zeros(size)).tolist() == [1.0] + [0.0] * (size - 1)
 
 
-def test_confidence_selects_the_likeliest_boundaries():
-    c = np.array([0.95, 0.3, 0.9, 0.5, 0.99])
+@pytest.mark.parametrize("memory", [np.asarray, torch.asarray])
+def test_the_likeliest_boundaries_of_every_sequence(memory):
+    c = np.array([[0.95, 0.3, 0.9, 0.5, 0.99], [0.2, 0.9, 0.9, 0.9, 0.1], [1, 1, 1, 1, 1]], np.float32)
     r = rejection_probabilities(c)
     for k in range(1, 8):
-        chosen = select(c, k, "confidence", RNG)
-        assert chosen.tolist() == sorted(np.argsort(-r)[:k].tolist())
+        expected = np.sort(np.argsort(-r, axis=-1, kind="stable")[:, :k], axis=-1)
+        np.testing.assert_array_equal(np.asarray(likeliest(memory(c), k)), expected)
 
 
-def test_uniform_ignores_confidence():
-    c = np.array([0.0, 1.0, 1.0, 1.0])
+def test_boundaries_anywhere():
     rng = np.random.default_rng(1)
     counts = np.zeros(4)
     for _ in range(4000):
-        chosen = select(c, 2, "uniform", rng)
-        assert len(set(chosen.tolist())) == 2
+        chosen = anywhere(4, 2, rng)
+        assert chosen[0] < chosen[1]
         counts[chosen] += 1
     np.testing.assert_allclose(counts / 4000, 0.5, atol=0.05)
+    assert anywhere(3, 9, rng).tolist() == [0, 1, 2]

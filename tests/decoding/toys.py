@@ -34,6 +34,12 @@ class ToySequences:
     def reset(self) -> None:
         self.running, self.joining = [], []
 
+    def send(self, array):
+        return array
+
+    def read(self, array):
+        return array
+
 
 class ToyTarget(ToySequences):
     """Its features are the tokens themselves, ``[B, N, 1]``."""

@@ -128,6 +128,36 @@ def test_engines_start_afresh_after_a_reset(served):
     assert again.answer == generate(model, PROMPTS[1], 8)
 
 
+LOOKS = ("numpy", "tolist", "item", "cpu", "nonzero", "__array__", "__bool__", "__int__", "__index__", "__float__")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cycle_waits_for_its_runtime_once(served, monkeypatch, mode):
+    """The host looks at no tensor but through ``read``, and that is called once a cycle, for what was accepted."""
+    _, engines = served
+    running = scheduler(engines, mode)
+    for sampling in (Sampling(), Sampling(0.8, 50, 0.95, 1), Sampling(0.8)):
+        running.add(Sequence(PROMPTS[2], 24, sampling))
+    running.step()  # prompts are taken in, shapes bound
+    usual = {name: getattr(torch.Tensor, name) for name in LOOKS}
+    shapes, read = [], engines[0].engine.read
+
+    def counted(array):
+        shapes.append(tuple(array.shape))
+        with monkeypatch.context() as allowed:
+            for name, way in usual.items():
+                allowed.setattr(torch.Tensor, name, way)
+            return read(array)
+
+    monkeypatch.setattr(engines[0], "read", counted)
+    for name in LOOKS:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a tensor was asked for its {name}"))
+    for _ in range(3):
+        running.step()
+    assert shapes == [(2, 3, 1 if mode == "autoregressive" else 6)] * 3
+    running.reset()
+
+
 def test_the_cache_is_handed_over_without_a_copy(served):
     """What is written into the cache's own memory is what the next call reads."""
     _, (target, *_) = served

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from decoding.sampling import Sampling
 from engines import sampling
-from engines.engine import EngineError, GraphInfo
+from engines.engine import EngineError, GraphInfo, HostPass
 from engines.kv_cache import KVCache
 from engines.tensorrt import ALIGNMENT, DeviceKVCache, DevicePass, TensorRTEngine, draw
 from tests.engines import tensorrt_double
@@ -153,36 +153,49 @@ def test_an_engine_that_the_library_cannot_load_is_refused(compiled, tmp_path):
 @given(
     seed=st.integers(0, 999),
     size=st.integers(1, 300),
-    temperature=st.floats(0.1, 4),
-    top_k=st.integers(0, 320),
-    top_p=st.floats(0.05, 1.0),
-    uniform=st.floats(0, 1, exclude_max=True),
+    rows=st.lists(
+        st.tuples(
+            st.builds(
+                Sampling,
+                temperature=st.floats(0.1, 4) | st.just(0.0),
+                top_k=st.integers(0, 320),
+                top_p=st.floats(0.05, 1.0) | st.just(1.0),
+            ),
+            st.floats(0, 1, exclude_max=True),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
 )
-def test_a_draw_on_the_device_is_that_on_the_host(seed, size, temperature, top_k, top_p, uniform):
-    logits = np.random.default_rng(seed).normal(scale=3, size=size).astype(np.float32)
-    how = Sampling(temperature, top_k, top_p)
-    expected = sampling.choose(logits, how, uniform)
-    found = DevicePass(torch.tensor(logits)[None, None], torch.zeros(1, 1, 1)).choose(0, 0, how, uniform)
-    if found != expected:  # the uniform number lies on the border of two tokens
-        tokens, odds = sampling.distribution(logits, how)
-        borders = np.cumsum(odds) / odds.sum()
-        assert np.abs(borders - uniform).min() < 1e-9
-        assert found in tokens
+def test_a_choice_on_the_device_is_that_on_the_host(seed, size, rows):
+    how, uniforms = [each for each, _ in rows], np.array([uniform for _, uniform in rows])
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=3, size=(len(rows), 3, size)).astype(np.float32)
+    nodes = rng.integers(0, 3, len(rows))
+    expected = HostPass(logits, logits).choose(nodes, how, uniforms)
+    one = DevicePass(torch.tensor(logits), torch.tensor(logits))
+    found = one.choose(torch.tensor(nodes), how, torch.tensor(uniforms)).tolist()
+    for b, (each, uniform) in enumerate(rows):
+        if found[b] != expected[b]:  # the uniform number lies on the border of two tokens
+            tokens, odds = sampling.distribution(logits[b, nodes[b]], each)
+            borders = np.cumsum(odds) / odds.sum()
+            assert np.abs(borders - uniform).min() < 1e-9
+            assert found[b] in tokens
 
 
 def test_the_ends_of_a_draw():
-    logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
-    assert draw(logits, Sampling(1.0), 0.0) == 1
-    assert draw(logits, Sampling(1.0), np.nextafter(1, 0)) == 2
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    uniforms = torch.tensor([[0.0], [np.nextafter(1, 0)]], dtype=torch.float64)
+    one, zero = torch.ones(2, 1).double(), torch.zeros(2, 1).double()
+    for cut in (None, (zero, one)):
+        assert draw(logits, one, cut, uniforms).tolist() == [1, 2]
 
 
-def test_a_pass_reads_its_greedy_choices_once():
-    logits = torch.randn(2, 5, 30)
-    one = DevicePass(logits, torch.randn(2, 5, 4))
-    chosen = [[one.choose(b, n, Sampling(), 0.0) for n in range(5)] for b in range(2)]
-    assert chosen == logits.argmax(-1).tolist()
-    logits.zero_()
-    assert one.choose(1, 3, Sampling(), 0.0) == chosen[1][3]
+def test_a_walk_that_has_ended_may_ask_on():
+    one = DevicePass(torch.randn(2, 5, 30), torch.randn(2, 5, 4))
+    nodes, uniforms = torch.tensor([3, -2]), torch.zeros(2).double()
+    assert one.choose(nodes, [Sampling()] * 2, uniforms)[0] == one._logits[0, 3].argmax()
+    one.choose(nodes, [Sampling(1.0), Sampling()], uniforms)
     assert torch.equal(one.features(1, [4, 0]), one._features[1, [4, 0]])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from decoding.prefix_tree import PrefixTree
+from decoding.prefix_tree import merge
 from export import checkpoints
 from export.onnx_export import export_drafter, export_target
 from export.target import Target
@@ -82,20 +82,21 @@ def test_every_path_of_a_tree_equals_that_path_alone(exported_target):
     model, session, kv_heads = exported_target
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, 300, 6).tolist(), rng.integers(0, 300, 2).tolist()]
-    branches = [[5, 6, 7, 8], [5, 6, 9], [5, 11, 7, 8, 2], [12]]
-    tree = PrefixTree(99, branches)
-    n = len(tree)
+    branches = [[5, 6, 7, 8], [5, 6, 9, 1], [5, 11, 7, 8], [12, 2, 2, 5]]
+    tree = merge(np.array([99]), np.array([branches]))
+    tokens, parents, depths = (values[0].tolist() for values in (tree.tokens, tree.parents, tree.depths))
+    n = len(tokens)
     past = prefix_cache(session, prompts, [6, 2], 8, kv_heads)
-    ids = torch.tensor([tree.tokens] * 2)
-    positions = torch.tensor([[6], [2]]) + torch.tensor(tree.depths)
-    mask = torch.tensor(tree.mask())[None].repeat(2, 1, 1)
+    ids = torch.tensor([tokens] * 2)
+    positions = torch.tensor([[6], [2]]) + torch.tensor(depths)
+    mask = torch.tensor(tree.mask).repeat(2, 1, 1)
     found = outputs(session, ids, positions, mask, torch.tensor([6, 2]), past)
     for node in range(n):
         path = [node]
-        while (parent := tree.parents[path[0]]) >= 0:
+        while (parent := parents[path[0]]) >= 0:
             path.insert(0, parent)
         for b, prompt in enumerate(prompts):
-            logits, features = reference_run(model, prompt + [tree.tokens[i] for i in path])
+            logits, features = reference_run(model, prompt + [tokens[i] for i in path])
             np.testing.assert_allclose(found["logits"][b, node], logits[-1], atol=TOLERANCE)
             np.testing.assert_allclose(found["features"][b, node], features[-1], atol=TOLERANCE)
 
