@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from plugins.cascade_attention import compiled, kernel
@@ -18,18 +19,20 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
     rows = []
-    print("| sm | dtype | D | tile | keys | warps | stages | prefix | registers | spilled bytes | shared bytes |")
+    print("| sm | dtype | D | kernel | tile | keys | warps | stages | registers | spilled bytes | shared bytes |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for capability in args.capability:
-        for dtype in args.dtype:
-            for head_size in args.head_size:
-                for config in kernel.configs(head_size, 2, capability):
-                    for whole in (True, False):
-                        built = compiled.attend(capability, dtype, head_size, 4, 8, head_size**-0.5, config, whole=whole)
-                        taken = compiled.resources(built, capability)
-                        row = {"capability": capability, "dtype": dtype, "head_size": head_size, **asdict(config)}
-                        rows.append({**row, "prefix": "whole" if whole else "cut", **asdict(taken)})
-                        print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
+    for capability, dtype, head_size in product(args.capability, args.dtype, args.head_size):
+        options = kernel.configs(head_size, 2, capability)
+        forms = [(name, config) for config in options for name in ("attend, prefix whole", "attend, prefix cut")]
+        for name, config in [*forms, ("merge", kernel.Config(kernel.MERGED, keys=0, warps=4, stages=1))]:
+            if name == "merge":
+                built = compiled.merge(capability, dtype, head_size, 32)
+            else:
+                whole = name.endswith("whole")
+                built = compiled.attend(capability, dtype, head_size, 4, 8, head_size**-0.5, config, whole=whole)
+            row = {"capability": capability, "dtype": dtype, "head_size": head_size, "kernel": name, **asdict(config)}
+            rows.append(row | asdict(compiled.resources(built, capability)))
+            print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in rows)

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = ("target", "first", "second")
 # What an exported graph follows from, besides its checkpoints.
-SOURCES = ("export/target.py", "export/drafter.py", "export/onnx_export.py", "plugins/cascade_attention/op.py")
+SOURCES = (
+    *("export/target.py", "export/drafter.py", "export/onnx_export.py"),
+    *("plugins/cascade_attention/op.py", "plugins/cascade_attention/function_body.py"),
+)
 # What a TensorRT engine follows from too.
 COMPILED = (
     "export/tensorrt_build.py",
-    *(f"plugins/cascade_attention/{name}.py" for name in ("kernel", "compiled", "tensorrt_plugin")),
+    *(f"plugins/cascade_attention/{name}.py" for name in ("kernel", "compiled", "split", "tensorrt_plugin")),
 )
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
 
@@ -101,8 +104,8 @@ def _compile(backend: str, folder: Path, shapes: tensorrt_build.Profiles, output
     """Turn a folder's graph into an engine; returns what is recorded of it."""
     graph, engine = folder / "model.onnx", folder / "model.engine"
     record = tensorrt_build.build_engine(backend, graph, engine, shapes, output / f"{backend}.timings")
-    for file in (graph, graph.with_name("model.onnx.data")):  # as large as the engine, and no longer needed
-        file.unlink(missing_ok=True)
+    for file in folder.glob("*.onnx*"):  # as large as the engine, and no longer needed
+        file.unlink()
     return record | {"bytes": engine.stat().st_size}
 
 
@@ -113,6 +116,7 @@ def _key(pipeline: Pipeline, sources: "Sources", graph: str, shapes: tensorrt_bu
     made_from = {
         "backend": [backend, pipeline.engine.graph_dtype, shapes],
         "library": None if backend == "onnxruntime" else tensorrt_build.library(backend).__version__,
+        "device": tensorrt_build.device(backend),
         "checkpoints": sources.fingerprints(graph),
         "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in code},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -1,10 +1,9 @@
 """An ONNX graph → a TensorRT engine, through the API that TensorRT and TensorRT-RTX share.
 
-TensorRT takes ``d2sd::CascadeAttention`` by its plugin; TensorRT-RTX, which has no plugins, inlines the function body.
+TensorRT takes ``d2sd::CascadeAttention`` by its plugins; TensorRT-RTX, which has no plugins, inlines the function body.
 Networks are strongly typed: an engine computes in the types of its graph.
 """
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +33,13 @@ def library(backend: str) -> ModuleType:
         return tensorrt_library.library(backend)
     except EngineError as error:
         raise TensorRTError(str(error)) from None
+
+
+def device(backend: str) -> str | None:
+    """The GPU that an engine is built for; None where engines run on any."""
+    import torch  # takes seconds, which --help need not wait for
+
+    return torch.cuda.get_device_name() if backend == "tensorrt" and torch.cuda.is_available() else None
 
 
 def profiles(graph: str, block_size: int, branches: int, sequences: int, length: int) -> Profiles:
@@ -83,7 +89,8 @@ def build_engine(backend: str, graph: Path, engine: Path, shapes: Profiles, cach
     if backend == "tensorrt":
         from plugins.cascade_attention import tensorrt_plugin
 
-        tensorrt_plugin.register(importlib.import_module("tensorrt.plugin"))
+        tensorrt_plugin.register()
+        graph = split(graph, shapes)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -123,6 +130,24 @@ def build_engine(backend: str, graph: Path, engine: Path, shapes: Profiles, cach
             for value in values
         },
     }
+
+
+def split(graph: Path, shapes: Profiles) -> Path:
+    """Cut the prefix in every attention of a graph (``plugins/cascade_attention/split.py``), unless decoding all sequences at
+    once fills a GPU as it is. Returns the file to be parsed."""
+    from plugins.cascade_attention import kernel
+    from plugins.cascade_attention.split import split_nodes
+
+    model = onnx.load(graph, load_external_data=False)
+    cache = next(value.type.tensor_type for value in model.graph.input if value.name == "past_k_0")
+    kv_heads = cache.shape.dim[1].dim_value
+    batch, capacity = (max(axes[axis][2] for axes in shapes.values()) for axis in "BC")
+    if kernel.stretches(batch, kv_heads, 1, capacity) == 1:
+        return graph
+    split_nodes(model, cache.elem_type)
+    parsed = graph.with_name(f"split-{graph.name}")
+    onnx.save(model, parsed)
+    return parsed
 
 
 def _dims(graph: Path) -> dict[str, list[int | str]]:

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -57,9 +58,9 @@ def attend(
         capability: of the device, as in sm_90. dtype: bfloat16 or float16. group: G, query heads a KV head.
     """
     element = "*" + DTYPES[dtype]
-    types = dict.fromkeys(("q", "k_new", "v_new", "past_k", "past_v"), element)
+    types: dict[str, str | None] = dict.fromkeys(("q", "k_new", "v_new", "past_k", "past_v"), element)
     types |= {"past_lengths": "*i64", "mask": "*i1", "N": "i32", "T": "i32", "C": "i32"}
-    types |= {"outs": element if whole else "*fp32", "lses": "constexpr" if whole else "*fp32", "sinks": "constexpr"}
+    types |= {"outs": element if whole else "*fp32", "lses": None if whole else "*fp32", "sinks": None}
     constants = {
         "SCALE": scale,
         "WINDOW": window,
@@ -71,31 +72,50 @@ def attend(
         "KEYS": config.keys,
         "WHOLE": whole,
     }
-    types |= dict.fromkeys(constants, "constexpr")
-    absent = {name: None for name in ("lses", "sinks") if types[name] == "constexpr"}
+    return _compile(kernel.attend, types, constants, capability, config.warps, config.stages)
+
+
+def merge(capability: int, dtype: str, head_size: int, query_heads: int) -> Compiled:
+    """Compile ``kernel.merge`` without sinks. Its parameters: ``outs``, ``lses``, rows, states, N, ``out``.
+
+    Args:
+        capability: of the device, as in sm_90. dtype: of ``out``, bfloat16 or float16.
+    """
+    types = {"outs": "*fp32", "lses": "*fp32", "sinks": None, "rows": "i32", "states": "i32", "N": "i32"}
+    types["out"] = "*" + DTYPES[dtype]
+    constants = {"QUERY_HEADS": query_heads, "D": head_size, "PAD": kernel.pad(head_size), "TILE": kernel.MERGED}
+    return _compile(kernel.merge, types, constants, capability, warps=4, stages=1)
+
+
+def _compile(
+    function: Any, types: dict[str, str | None], constants: dict[str, Any], capability: int, warps: int, stages: int
+) -> Compiled:
+    """Compile a kernel whose parameters are ``types``, those of None left out, and ``constants``, in this order."""
+    passed = {name: kind or "constexpr" for name, kind in types.items()}
+    absent = {name: None for name, kind in types.items() if kind is None}
     # Tensors start at multiples of 16 bytes, as every allocator's do; their rows then do so too.
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types.values()) if kind.startswith("*")}
-    source = ASTSource(kernel.attend, types, constants | absent, aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(passed.values()) if kind.startswith("*")}
+    source = ASTSource(function, passed | dict.fromkeys(constants, "constexpr"), constants | absent, aligned)
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # it names folders of this machine
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    used = sum(kind != "constexpr" for kind in types.values())
-    ptx = _without_scratch(built.asm["ptx"], used)
-    return Compiled(built.metadata.name, ptx, 32 * config.warps, built.metadata.shared)
+        target = GPUTarget("cuda", capability, 32)
+        built = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    name = built.metadata.name
+    ptx = _without_scratch(built.asm["ptx"], name, len(types) - len(absent))
+    return Compiled(name, ptx, 32 * warps, built.metadata.shared)
 
 
-def _without_scratch(ptx: str, used: int) -> str:
+def _without_scratch(ptx: str, name: str, used: int) -> str:
     """Drop the parameters behind the kernel's own: pointers to scratch memory, which only Triton's launcher passes.
 
     Raises:
         ValueError: the kernel reads one of them.
     """
-    numbers = map(int, re.findall(r"^\s*\.param .*attend_param_(\d+)", ptx, re.MULTILINE))
+    numbers = map(int, re.findall(rf"^\s*\.param .*{name}_param_(\d+)", ptx, re.MULTILINE))
     for number in [number for number in numbers if number >= used]:
-        if f"[attend_param_{number}]" in ptx:
+        if f"[{name}_param_{number}]" in ptx:
             raise ValueError("the kernel needs scratch memory, which no one but Triton's launcher gives it")
-        ptx = re.sub(rf",\s*\.param [^,\n]*attend_param_{number}\b", "", ptx)
+        ptx = re.sub(rf",\s*\.param [^,\n]*{name}_param_{number}\b", "", ptx)
     return ptx
 
 

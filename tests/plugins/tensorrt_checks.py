@@ -1,4 +1,4 @@
-"""Register the plugin with TensorRT's own Python, ask it what a build would ask, and print the answers as JSON.
+"""Register the plugins with TensorRT's own Python, ask them what a build would ask, and print the answers as JSON.
 
 Real: ``tensorrt.plugin`` of the wheel ``tensorrt-cu13-bindings``, whose checks are Python, and the kernel compiled to PTX.
 TensorRT's libraries, which are not needed for that, are stood in for by the enumerations of TensorRT-RTX and by empty classes;
@@ -37,7 +37,8 @@ class Expressions:
         return Dim(value, True)
 
     def operation(self, kind, a, b):
-        does = {"SUM": operator.add, "PROD": operator.mul, "CEIL_DIV": lambda x, y: -(-x // y)}
+        does = {"SUM": operator.add, "PROD": operator.mul, "FLOOR_DIV": operator.floordiv, "MAX": max, "MIN": min}
+        does["CEIL_DIV"] = lambda x, y: -(-x // y)
         return Dim(does[kind.name](a.value, b.value), a.fixed and b.fixed)
 
 
@@ -68,8 +69,17 @@ def tensorrt_plugin():
     sys.modules |= {"tensorrt": trt, "tensorrt.plugin": module}
     trt.plugin = module
     spec.loader.exec_module(module)
-    sys.modules["tensorrt.plugin._tensor"].SymIntExpr._exprBuilder = Expressions()
     return trt, module
+
+
+BATCH, HEADS, KV_HEADS, NODES, CAPACITY, SIZE = 3, 32, 8, 48, 4096, 128
+SHAPES = {
+    "q": (BATCH, HEADS, NODES, SIZE),
+    **dict.fromkeys(("k_new", "v_new"), (BATCH, KV_HEADS, NODES, SIZE)),
+    **dict.fromkeys(("past_k", "past_v"), (BATCH, KV_HEADS, CAPACITY, SIZE)),
+    "past_lengths": (BATCH,),
+    "mask": (BATCH, NODES, NODES),
+}
 
 
 def main():
@@ -77,42 +87,70 @@ def main():
     from plugins.cascade_attention import compiled
     from plugins.cascade_attention import tensorrt_plugin as ours
 
-    ours.register(trtp, 90)
-    ours.register(trtp, 90)
-    registered = sys.modules["tensorrt.plugin._lib"].QDP_REGISTRY[ours.PLUGIN]
-    batch, heads, kv_heads, n, capacity, d = 3, 32, 8, 48, 4096, 128
+    ours.register(90)
+    ours.register(90)
+    registry = sys.modules["tensorrt.plugin._lib"].QDP_REGISTRY
+    expressions = sys.modules["tensorrt.plugin._tensor"]
+    expressions.SymIntExpr._exprBuilder = Expressions()
+    value = lambda expression: expression._expr.value  # noqa: E731
 
     def desc(kind, *shape):
-        fixed = (heads, kv_heads, d)
-        return trtp.TensorDesc(
-            trtp.ShapeExprs.from_tuple(tuple(trtp.ShapeExpr(Dim(s, s in fixed)) for s in shape)), getattr(trt.DataType, kind)
-        )
+        extents = (trtp.ShapeExpr(Dim(s, s in (HEADS, KV_HEADS, SIZE))) for s in shape)
+        return trtp.TensorDesc(trtp.ShapeExprs.from_tuple(tuple(extents)), getattr(trt.DataType, kind))
 
-    q, new, past = (batch, heads, n, d), (batch, kv_heads, n, d), (batch, kv_heads, capacity, d)
-    answers = {
-        "inputs": registered.input_tensor_names,
-        "attributes": {k: v.__name__ for k, v in registered.input_attrs.items()},
-    }
-    for kind in ("BF16", "HALF"):
-        floats = [desc(kind, *shape) for shape in (q, new, new, past, past)]
-        inputs = [*floats, desc("INT64", batch), desc("BOOL", batch, n, n)]
-        made = registered.register_func(*inputs, 0.1)
-        (combination,) = registered.autotune_func(*inputs, (made,))
-        answers["types"], answers["tactics"] = combination.io_types, list(combination._tactics)
-        for tactic in answers["tactics"]:
-            name, ptx, launch, sizes = registered.aot_impl_func(*inputs, 0.1, (made,), tactic)
-            value = lambda expression: expression._expr.value  # noqa: E731
-            answers[f"{kind} {tactic}"] = {
-                "output": [[value(e) for e in made.shape_expr], made.dtype.name],
-                "name": name,
-                "parameters": ptx[: ptx.index(".reqntid")].count(".param"),
-                "grid": [value(launch.grid_x), value(launch.grid_y), value(launch.grid_z)],
-                "threads": value(launch.block_x),
-                "shared": value(launch.shared_mem),
-                "sizes": [value(size) for size in sizes],
-                "file": ".file" in ptx,
-                **asdict(compiled.resources(compiled.Compiled(name, ptx, 0, value(launch.shared_mem)), 90)),
-            }
+    def unshaped(given):
+        """As TensorRT gives it when it asks for the outputs' types."""
+        fake = trtp.TensorDesc()
+        fake.dtype, fake.shape_expr = given.dtype, trtp.ShapeExprs(len(given.shape_expr), _is_dummy=True)
+        return fake
+
+    def output_types(plugin, inputs, attributes):
+        expressions.SymIntExpr._exprBuilder = None
+        made = several(plugin.register_func(*map(unshaped, inputs), **attributes))
+        expressions.SymIntExpr._exprBuilder = Expressions()
+        return [d.dtype.name for d in made]
+
+    def several(made):
+        return made if isinstance(made, tuple) else (made,)
+
+    def ask(name, inputs, **attributes):
+        """What a plugin answers, by tactic; and its output tensors."""
+        plugin = registry[name]
+        made = several(plugin.register_func(*inputs, **attributes))
+        (combination,) = plugin.autotune_func(*inputs, made)
+        told = {
+            "inputs": plugin.input_tensor_names,
+            "attributes": {k: v.__name__ for k, v in plugin.input_attrs.items()},
+            "types": combination.io_types,
+            "outputs": [[[value(e) for e in d.shape_expr], d.dtype.name] for d in made],
+            "output_types": output_types(plugin, inputs, attributes),
+            "tactics": [],
+        }
+        for tactic in combination._tactics:
+            name, ptx, launch, sizes = plugin.aot_impl_func(*inputs, *attributes.values(), made, tactic)
+            shared = value(launch.shared_mem)
+            taken = compiled.resources(compiled.Compiled(name, ptx, 0, shared), 90)
+            told["tactics"].append(
+                {
+                    "name": name,
+                    "parameters": ptx[: ptx.index(".reqntid")].count(".param"),
+                    "grid": [value(launch.grid_x), value(launch.grid_y), value(launch.grid_z)],
+                    "threads": value(launch.block_x),
+                    "sizes": [value(size) for size in sizes],
+                    "file": ".file" in ptx,
+                    **asdict(taken),
+                }
+            )
+        return told, made
+
+    answers = {}
+    for kind, code in (("BF16", 16), ("HALF", 10)):
+        types = dict.fromkeys(SHAPES, kind) | {"past_lengths": "INT64", "mask": "BOOL"}
+        inputs = [desc(types[name], *shape) for name, shape in SHAPES.items()]
+        whole, _ = ask("d2sd::CascadeAttention", inputs, scale=0.1)
+        states, made = ask("d2sd::CascadeStates", inputs, scale=0.1)
+        merge, _ = ask("d2sd::CascadeMerge", made, to=code)
+        answers[kind] = {"whole": whole, "states": states, "merge": merge}
     print(json.dumps(answers))
 
 

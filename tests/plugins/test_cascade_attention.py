@@ -67,16 +67,15 @@ def test_reference_equals_brute_force(shape):
     torch.testing.assert_close(reference.cascade_attention(*arguments).double(), brute_force(*arguments), atol=2e-6, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def session():
-    """A model that is nothing but the operator, run by ONNX Runtime from the function body."""
+def operator_model(scale):
+    """A model that is nothing but the operator, with its function body."""
     names = ["q", "k_new", "v_new", "past_k", "past_v", "past_lengths", "mask"]
     types = dict.fromkeys(names, onnx.TensorProto.FLOAT) | {
         "past_lengths": onnx.TensorProto.INT64,
         "mask": onnx.TensorProto.BOOL,
     }
     ranks = dict.fromkeys(names, 4) | {"past_lengths": 1, "mask": 3}
-    node = onnx.helper.make_node(op.NAME, names, ["out"], domain=op.DOMAIN, scale=1 / math.sqrt(8))
+    node = onnx.helper.make_node(op.NAME, names, ["out"], domain=op.DOMAIN, scale=scale)
     values = [onnx.helper.make_tensor_value_info(n, types[n], [f"{n}{i}" for i in range(ranks[n])]) for n in names]
     out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [None] * 4)
     model = onnx.helper.make_model(
@@ -86,7 +85,13 @@ def session():
     )
     op.add_function_body(model)
     onnx.checker.check_model(model)
-    return ort.InferenceSession(model.SerializeToString())
+    return model
+
+
+@pytest.fixture(scope="module")
+def session():
+    """The operator run by ONNX Runtime from the function body."""
+    return ort.InferenceSession(operator_model(1 / math.sqrt(8)).SerializeToString())
 
 
 @settings(max_examples=40, deadline=None)
