@@ -138,21 +138,25 @@ def flex(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, length
     return lambda: attend(q, keys, values, block_mask=blocks, scale=scale, enable_gqa=True)
 
 
-def branches(heads: Heads, batch: int, prefix: int, device: str) -> Any:
+def whole_branches(heads: Heads, batch: int, prefix: int, device: str) -> list[Tensor]:
+    """Random arguments of ``branches`` in bf16, keys and values of the branches spelt out for every query head."""
+    shared, own = (batch, heads.kv, prefix), (batch * (K + 1), heads.query, GAMMA)
+    shapes = ((batch, heads.query, (K + 1) * GAMMA), shared, shared, own, own)
+    return [torch.randn(*shape, heads.size, device=device, dtype=torch.bfloat16) for shape in shapes]
+
+
+def branches(q: Tensor, keys: Tensor, values: Tensor, new_k: Tensor, new_v: Tensor) -> Any:
     """The paper's way: K+1 whole branches, one call against the prefix, one causal call a branch, merged by log-sum-exp."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    g, rows = heads.query // heads.kv, (K + 1) * GAMMA
-    draw = lambda *shape: torch.randn(*shape, heads.size, device=device, dtype=torch.bfloat16)  # noqa: E731
-    q, keys, values = draw(batch, heads.query, rows), draw(batch, heads.kv, prefix), draw(batch, heads.kv, prefix)
-    new_k, new_v = draw(batch * (K + 1), heads.query, GAMMA), draw(batch * (K + 1), heads.query, GAMMA)
-    packed = q.reshape(batch, heads.kv, g * rows, heads.size)
+    aten = torch.ops.aten
+    flash = aten._scaled_dot_product_flash_attention if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+    packed = q.reshape(*keys.shape[:2], -1, q.shape[-1])  # the heads of a group read the prefix once
     split = q.unflatten(2, (K + 1, GAMMA)).transpose(1, 2).flatten(0, 1)
 
     def call() -> Tensor:
         shared, shared_lse = flash(packed, keys, values)[:2]
         own, own_lse = flash(split, new_k, new_v, 0.0, True)[:2]
-        own = own.unflatten(0, (batch, K + 1)).transpose(1, 2).reshape(q.shape)
-        own_lse = own_lse.unflatten(0, (batch, K + 1)).transpose(1, 2).reshape(q.shape[:3])
+        own = own.unflatten(0, (len(q), K + 1)).transpose(1, 2).reshape(q.shape)
+        own_lse = own_lse.unflatten(0, (len(q), K + 1)).transpose(1, 2).reshape(q.shape[:3])
         weight = torch.sigmoid(own_lse - shared_lse.reshape(q.shape[:3]))[..., None]
         return torch.lerp(shared.reshape(q.shape).float(), own.float(), weight).to(q.dtype)
 
@@ -178,7 +182,7 @@ def time(device: str, prefixes: list[int], nodes: list[int], batches: list[int])
                         "kernel": lambda a=arguments: kernel.cascade_attention(*a),
                         "sdpa": masked_sdpa(*arguments),
                         "flex": flex(*arguments),
-                        "branches": branches(plain, batch, prefix, device),
+                        "branches": branches(*whole_branches(plain, batch, prefix, device)),
                     }
                     for name, way in ways.items():
                         row[name] = milliseconds(way)
