@@ -60,7 +60,7 @@ def show(client: Client, protocol: str, question: str) -> None:
 
 def compare(client: Client) -> None:
     """One prompt of each evaluation task in both modes, in turn, so that a slow moment of the machine hits both."""
-    prompts = {}
+    prompts: dict[str, str] = {}
     for line in (ROOT / "training" / "prompts" / "eval.jsonl").read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)
         prompts.setdefault(prompt["task"], prompt["turns"][0])

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def inputs(heads: Heads, batch: int, nodes: int, prefix: int, device: str) -> li
     return [*tensors, lengths.to(device), mask.to(device), heads.size**-0.5]
 
 
+def in_f32(arguments: list[Any]) -> list[Any]:
+    """The arguments, bf16 tensors in f32."""
+    return [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+
+
 def check(device: str, prefixes: list[int], nodes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
     """Relative errors of the kernel, whether a repeated call gives the same bits, and the cache write."""
     for heads in MODELS:
@@ -77,13 +83,11 @@ def check(device: str, prefixes: list[int], nodes: list[int], batches: list[int]
             for batch in batches:
                 for n in nodes:
                     arguments = inputs(heads, batch, n, prefix, device)
-                    options = {
+                    options: dict[str, Any] = {
                         "window": heads.window,
                         "sinks": torch.linspace(-1, 1, heads.query, device=device) if heads.sinks else None,
                     }
-                    exact = reference.cascade_attention(
-                        *[x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments], **options
-                    )
+                    exact = reference.cascade_attention(*in_f32(arguments), **options)
                     found = kernel.cascade_attention(*arguments, **options)
                     again = kernel.cascade_attention(*arguments, **options)
                     new, cache, lengths = arguments[1], arguments[3], arguments[5]
@@ -173,13 +177,13 @@ def time(device: str, prefixes: list[int], nodes: list[int], batches: list[int])
                 if size > 2**34:
                     continue
                 source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-                copy = milliseconds(lambda to=target, of=source: to.copy_(of))  # reads and writes them: twice the traffic
+                copy = milliseconds(partial(target.copy_, source))  # reads and writes them: twice the traffic
                 for n in nodes:
                     arguments = inputs(plain, batch, n, prefix, device)
                     arguments[5].fill_(prefix)
-                    row = {"model": heads.name, "prefix": prefix, "batch": batch, "nodes": n}
-                    ways = {
-                        "kernel": lambda a=arguments: kernel.cascade_attention(*a),
+                    row: dict[str, Any] = {"model": heads.name, "prefix": prefix, "batch": batch, "nodes": n}
+                    ways: dict[str, Callable[[], Any]] = {
+                        "kernel": partial(kernel.cascade_attention, *arguments),
                         "sdpa": masked_sdpa(*arguments),
                         "flex": flex(*arguments),
                         "branches": branches(*whole_branches(plain, batch, prefix, device)),
@@ -197,7 +201,7 @@ def cycle(device: str, prefix: int) -> dict[str, float]:
     from export.drafter import DFlash, Drafter
     from export.target import Target
 
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "num_attention_heads": 32,
@@ -209,9 +213,10 @@ def cycle(device: str, prefix: int) -> dict[str, float]:
     small.block_size, small.dflash_config = GAMMA, {"target_layer_ids": [1, 9, 17, 25, 33]}
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        target = Target(Qwen3ForCausalLM(config), [1, 9, 17, 25, 33]).eval()
-        embedding = target.model.get_input_embeddings().weight
-        drafter = Drafter(DFlash(small), embedding.detach(), target.model.get_output_embeddings().weight.detach()).eval()
+        model: Any = Qwen3ForCausalLM(config)
+        target = Target(model, [1, 9, 17, 25, 33]).eval()
+        embedding, head = (layer.weight.detach() for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+        drafter = Drafter(DFlash(small), embedding, head).eval()
     torch.set_default_dtype(torch.float32)
     g = torch.Generator().manual_seed(0)
 

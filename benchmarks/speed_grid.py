@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -100,7 +101,7 @@ def main() -> int:
             if rates[0]:
                 speed.append(rate / rates[0])
     plain = settings[0].tokens / settings[0].seconds
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "mode": entry.mode,
             "gamma": entry.gamma,

@@ -10,13 +10,9 @@ from plugins.cascade_attention import reference
 HEADS = Heads("small", 4, 2, 64)
 
 
-def as_f32(arguments):
-    return [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-
-
 @pytest.mark.parametrize("way", ["masked_sdpa", pytest.param("flex", marks=pytest.mark.slow)])
 def test_one_piece_of_keys(way):
-    arguments = as_f32(gpu_check.inputs(HEADS, 2, 16, 128, "cpu"))
+    arguments = gpu_check.in_f32(gpu_check.inputs(HEADS, 2, 16, 128, "cpu"))
     found = getattr(gpu_check, way)(*arguments)()
     torch.testing.assert_close(found, reference.cascade_attention(*arguments), atol=1e-5, rtol=1e-4)
 
@@ -24,7 +20,7 @@ def test_one_piece_of_keys(way):
 def test_whole_branches():
     """As a tree of K + 1 chains."""
     torch.manual_seed(0)
-    q, keys, values, new_k, new_v = as_f32(gpu_check.whole_branches(HEADS, 2, 128, "cpu"))
+    q, keys, values, new_k, new_v = gpu_check.in_f32(gpu_check.whole_branches(HEADS, 2, 128, "cpu"))
     mask = torch.block_diag(*[torch.ones(GAMMA, GAMMA).tril()] * (K + 1)).bool()
     joined = (x.unflatten(0, (2, K + 1)).transpose(1, 2).flatten(2, 3) for x in (new_k, new_v))
     prefix = (x.repeat_interleave(HEADS.query // HEADS.kv, 1) for x in (keys, values))
