@@ -2,17 +2,20 @@
 
 Without a GPU only the checks run, on smaller shapes, in Triton's interpreter: with TRITON_INTERPRET=1 set. A build given with
 --build answers the evaluation's prompts as well, on whatever runtime it has here: the same answers in both modes, and how fast.
+Every step is kept; what was cut off goes on where it was when the command is given again.
 """
 
 import argparse
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ MODELS = (
 )
 
 
+Case = tuple[Heads, int, int, int]  # prefix, batch, nodes
+
+
 def tree_mask(nodes: int, generator: torch.Generator) -> Tensor:
     """Ancestors and self in a random tree of ``nodes`` nodes: ``[N, N]`` bool."""
     mask = torch.eye(nodes, dtype=torch.bool)
@@ -58,11 +64,11 @@ def tree_mask(nodes: int, generator: torch.Generator) -> Tensor:
 
 def inputs(heads: Heads, batch: int, nodes: int, prefix: int, device: str) -> list[Any]:
     """Random arguments of the operator in bf16, its cache a quarter larger than the prefix."""
-    g = torch.Generator().manual_seed(prefix + nodes)
+    g, there = (torch.Generator(kind).manual_seed(prefix + nodes) for kind in ("cpu", device))
     capacity = prefix + prefix // 4
 
     def draw(count: int, rows: int) -> Tensor:
-        return torch.randn(batch, count, rows, heads.size, generator=g).to(device, torch.bfloat16)
+        return torch.randn(batch, count, rows, heads.size, generator=there, device=device, dtype=torch.bfloat16)
 
     lengths = torch.full((batch,), prefix)
     lengths[1:] -= torch.randint(0, prefix // 2, (batch - 1,), generator=g)
@@ -76,36 +82,39 @@ def in_f32(arguments: list[Any]) -> list[Any]:
     return [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
 
 
-def check(device: str, prefixes: list[int], nodes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
-    """Relative errors of the kernel, whether a repeated call gives the same bits, and the cache write."""
-    for heads in MODELS:
-        for prefix in prefixes:
-            for batch in batches:
-                for n in nodes:
-                    arguments = inputs(heads, batch, n, prefix, device)
-                    options: dict[str, Any] = {
-                        "window": heads.window,
-                        "sinks": torch.linspace(-1, 1, heads.query, device=device) if heads.sinks else None,
-                    }
-                    exact = reference.cascade_attention(*in_f32(arguments), **options)
-                    found = kernel.cascade_attention(*arguments, **options)
-                    again = kernel.cascade_attention(*arguments, **options)
-                    new, cache, lengths = arguments[1], arguments[3], arguments[5]
-                    rows = torch.stack([torch.randperm(n)[: min(n, GAMMA)] for _ in range(batch)]).to(device)
-                    counts = torch.randint(0, rows.shape[1] + 1, (batch,)).to(device)
-                    expected = cache.clone()
-                    for b, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
-                        expected[b, :, start : start + count] = new[b, :, rows[b, :count]]
-                    write_rows(new[None], rows, counts, lengths, cache[None])
-                    yield {
-                        "model": heads.name,
-                        "prefix": prefix,
-                        "batch": batch,
-                        "nodes": n,
-                        "error": float((found.float() - exact).norm() / exact.norm()),
-                        "repeatable": torch.equal(found, again),
-                        "cache_write": torch.equal(cache, expected),
-                    }
+def exactly(arguments: list[Any], **options: Any) -> Tensor:
+    """The f32 reference, a sequence at a time: its scores of a whole batch would fill a GPU."""
+    *tensors, scale = in_f32(arguments)
+    each = []
+    for b in range(len(tensors[0])):
+        own: list[Any] = [*(x[b : b + 1] for x in tensors), scale]
+        each.append(reference.cascade_attention(*own, **options))
+    return torch.cat(each)
+
+
+def check(heads: Heads, prefix: int, batch: int, nodes: int, device: str) -> dict[str, Any]:
+    """The relative error of the kernel, whether a repeated call gives the same bits, and the cache write."""
+    arguments = inputs(heads, batch, nodes, prefix, device)
+    sinks = torch.linspace(-1, 1, heads.query, device=device) if heads.sinks else None
+    options: dict[str, Any] = {"window": heads.window, "sinks": sinks}
+    exact = exactly(arguments, **options)
+    found, again = (kernel.cascade_attention(*arguments, **options) for _ in range(2))
+    new, cache, lengths = arguments[1], arguments[3], arguments[5]
+    rows = torch.stack([torch.randperm(nodes)[: min(nodes, GAMMA)] for _ in range(batch)]).to(device)
+    counts = torch.randint(0, rows.shape[1] + 1, (batch,)).to(device)
+    expected = cache.clone()
+    for b, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        expected[b, :, start : start + count] = new[b, :, rows[b, :count]]
+    write_rows(new[None], rows, counts, lengths, cache[None])
+    return {
+        "error": float((found.float() - exact).norm() / exact.norm()),
+        "repeatable": torch.equal(found, again),
+        "cache_write": torch.equal(cache, expected),
+    }
+
+
+def passes(row: dict[str, Any]) -> bool:
+    return row["error"] < TOLERANCE and row["repeatable"] and row["cache_write"]
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -137,6 +146,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, length
         node = (column - prefix).clamp(min=0)
         return torch.where(column < prefix, column < lengths[b], mask[b, row, node])
 
+    torch._dynamo.reset()  # or it gives up compiling after some shapes
     blocks = create_block_mask(visible, q.shape[0], None, q.shape[2], keys.shape[2], device=str(q.device))
     attend = torch.compile(flex_attention, dynamic=False)
     return lambda: attend(q, keys, values, block_mask=blocks, scale=scale, enable_gqa=True)
@@ -167,31 +177,32 @@ def branches(q: Tensor, keys: Tensor, values: Tensor, new_k: Tensor, new_v: Tens
     return call
 
 
-def time(device: str, prefixes: list[int], nodes: list[int], batches: list[int]) -> Iterator[dict[str, Any]]:
+def time(heads: Heads, prefix: int, batch: int, nodes: int, device: str) -> dict[str, Any]:
     """Milliseconds of the kernel and of the other ways, and the share of the copy bandwidth that reading the prefix reaches."""
-    for heads in MODELS:
-        plain = Heads(heads.name, heads.query, heads.kv, heads.size)  # what the other ways can do too
-        for prefix in prefixes:
-            for batch in batches:
-                size = 2 * batch * heads.kv * prefix * heads.size * 2  # bytes of K and V
-                if size > 2**34:
-                    continue
-                source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-                copy = milliseconds(partial(target.copy_, source))  # reads and writes them: twice the traffic
-                for n in nodes:
-                    arguments = inputs(plain, batch, n, prefix, device)
-                    arguments[5].fill_(prefix)
-                    row: dict[str, Any] = {"model": heads.name, "prefix": prefix, "batch": batch, "nodes": n}
-                    ways: dict[str, Callable[[], Any]] = {
-                        "kernel": partial(kernel.cascade_attention, *arguments),
-                        "sdpa": masked_sdpa(*arguments),
-                        "flex": flex(*arguments),
-                        "branches": branches(*whole_branches(plain, batch, prefix, device)),
-                    }
-                    for name, way in ways.items():
-                        row[name] = milliseconds(way)
-                    row["copy_bandwidth_share"] = copy / 2 / row["kernel"]
-                    yield row
+    plain = Heads(heads.name, heads.query, heads.kv, heads.size)  # what the other ways can do too
+    size = 2 * batch * heads.kv * prefix * heads.size * 2  # bytes of K and V
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    copy = milliseconds(partial(target.copy_, source))  # reads and writes them: twice the traffic
+    del source, target
+    arguments = inputs(plain, batch, nodes, prefix, device)
+    arguments[5].fill_(prefix)
+    ways: dict[str, Callable[[], Callable[[], Any]]] = {
+        "kernel": lambda: partial(kernel.cascade_attention, *arguments),
+        "sdpa": lambda: masked_sdpa(*arguments),
+        "flex": lambda: flex(*arguments),
+        "branches": lambda: branches(*whole_branches(plain, batch, prefix, device)),
+    }
+    row: dict[str, Any] = {}
+    for name, way in ways.items():
+        try:
+            row[name] = milliseconds(way())
+        except Exception as error:  # what a way of PyTorch's refuses is no reason not to time the others
+            if name == "kernel":
+                raise
+            row[name] = None
+            print(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    row["copy_bandwidth_share"] = copy / 2 / row["kernel"]
+    return row
 
 
 def cycle(device: str, prefix: int) -> dict[str, float]:
@@ -272,6 +283,40 @@ def demo(build: Path, limit: int, tokens: int) -> dict[str, Any]:
         return dict(json.loads(table.read_text(encoding="utf-8")))
 
 
+class Results:
+    """The tables of a device in a file, saved after every step; a further run on the same device goes on with them."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        sources = Path(kernel.__file__), Path(sys.modules[write_rows.__module__].__file__ or "")
+        code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+        made_by = {"device": device, "torch": torch.__version__, "kernel": code}
+        self.path = folder / f"kernel-{''.join(c if c.isalnum() else '-' for c in device.lower())}.json"
+        self.tables: dict[str, Any] = {}
+        if self.path.exists():
+            self.tables = json.loads(self.path.read_text(encoding="utf-8"))
+        if {name: self.tables.get(name) for name in made_by} != made_by:
+            self.tables = {"date": datetime.date.today().isoformat(), **made_by}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps(self.tables, indent=1) + "\n", encoding="utf-8")
+
+    def fill(self, table: str, cases: list[Case], measure: Callable[..., dict[str, Any]], device: str) -> list[dict[str, Any]]:
+        """Measure the cases that the table lacks; returns their rows and those that it had."""
+        rows = self.tables.setdefault(table, [])
+        had = {tuple(row[name] for name in ("model", "prefix", "batch", "nodes")) for row in rows}
+        for heads, prefix, batch, nodes in cases:
+            if (heads.name, prefix, batch, nodes) in had:
+                continue
+            measured = measure(heads, prefix, batch, nodes, device)
+            rows.append({"model": heads.name, "prefix": prefix, "batch": batch, "nodes": nodes, **measured})
+            self.save()
+            print(
+                table, " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
+            )
+        return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="two prefixes and one batch alone")
@@ -289,47 +334,27 @@ def main() -> int:
         except BuildDirectoryError as error:
             parser.error(str(error))
     device, name = ("cuda", torch.cuda.get_device_name()) if gpu else ("cpu", "Triton's interpreter")
-    prefixes, nodes, batches = [128, 1024, 4096, 32768], [16, 48, 80], [1, 8, 32]
+    prefixes, batches, nodes = [128, 1024, 4096, 32768], [1, 8, 32], [16, 48, 80]
     if args.quick:
         prefixes, batches = [1024, 4096], [1]
     if not gpu:
-        prefixes, nodes, batches = [128, 384], [16, 80], [1, 3]
-    checks: list[dict[str, Any]] = []
-    times: list[dict[str, Any]] = []
-    results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "torch": torch.__version__,
-        "checks": checks,
-    }
-    kind = "".join(c if c.isalnum() else "-" for c in name.lower())
-    path = args.output / f"kernel-{kind}.json"
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    def save() -> None:  # after every step: a GPU may be lent for less time than this takes
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-    for row in check(device, prefixes, nodes, batches):
-        checks.append(row)
-        save()
-        print("{model} prefix {prefix} batch {batch} nodes {nodes}: error {error:.2e}".format(**row), flush=True)
+        prefixes, batches, nodes = [128, 384], [1, 3], [16, 80]
+    cases: list[Case] = list(product(MODELS, prefixes, batches, nodes))
+    results = Results(args.output, name)
+    checks = results.fill("checks", cases, check, device)
     if args.build:
         try:
-            results["demo"] = demo(args.build, args.limit, args.tokens)
+            results.tables["demo"] = demo(args.build, args.limit, args.tokens)
         except subprocess.CalledProcessError as error:
             return error.returncode
-        save()
+        results.save()
     if gpu:
-        results["times"] = times
-        for row in time(device, prefixes, nodes, batches):
-            times.append(row)
-            save()
-            print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-        results["cycle"] = cycle(device, 2048)
-        save()
-        print(results["cycle"])
-    bad = [r for r in checks if not (r["error"] < TOLERANCE and r["repeatable"] and r["cache_write"])]
-    print(f"{len(checks)} checks, {len(bad)} failed; written to {path}")
+        results.tables["cycle"] = cycle(device, 2048)
+        results.save()
+        print(results.tables["cycle"], flush=True)
+        results.fill("times", cases, time, device)
+    bad = [row for row in checks if not passes(row)]
+    print(f"{len(checks)} checks, {len(bad)} failed; written to {results.path}")
     for row in bad:
         print(f"failed: {row}", file=sys.stderr)
     return 1 if bad else 0
