@@ -8,8 +8,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TRITON := nvidia-pytriton==0.7.0
 # PyTorch gives and takes back tens of megabytes a step; glibc keeps them instead of asking the kernel each time.
 TRAINING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-# Two files of tests at a time.
-TOGETHER := -n 2 --dist loadfile
+# Two files of tests at a time, PyTorch with a thread for each.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-all lint clean
 
@@ -17,10 +17,10 @@ demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python benchmarks/demo.py pipeline.yaml --output build
 
 test: $(VENV)/test.stamp lint
-	$(VENV)/bin/python -m pytest $(TOGETHER) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/test.stamp lint
-	$(VENV)/bin/python -m pytest $(TOGETHER) -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .

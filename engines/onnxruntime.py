@@ -101,6 +101,8 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, info: GraphInfo, provider: Provider, precision: str, threads: int = 0) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        # Or the threads of one engine, waiting for its next call, keep the cores from the engine that is called in between.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.runtime = f"ONNX Runtime {ort.__version__}, {provider}, {precision}"
         self._memory: Any = None
         if provider == "openvino":
