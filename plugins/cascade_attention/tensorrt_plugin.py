@@ -3,7 +3,7 @@
 A plugin of ``tensorrt.plugin`` launches one kernel and has no scratch memory. Under the operator's own name a program takes its
 tile of queries through all of their keys. Where that leaves a GPU idle, the prefix is cut by the two nodes of ``split.py``.
 TensorRT passes a kernel its inputs, then the sizes that it asks for, then its outputs. Tactics are the kernel's configurations;
-TensorRT times them as it builds.
+TensorRT times them as it builds. It reads a plugin's tensors off the signatures, so each function spells them out.
 """
 
 # mypy: ignore-errors
