@@ -31,7 +31,7 @@ class GraphInfo:
     """What the manifest says of a graph.
 
     Attributes:
-        layers, kv_heads, head_dim: of its KV cache.
+        layers, kv_heads, head_dim: of its KV cache. heads: of its queries.
         feature_width: F. vocabulary: V. mask_id: of a drafter, -1 for a target.
     """
 
@@ -41,6 +41,7 @@ class GraphInfo:
     feature_width: int
     vocabulary: int
     mask_id: int = -1
+    heads: int = 0
 
     @property
     def cache_bindings(self) -> list[str]:

@@ -4,7 +4,7 @@
 |---------------------|--------------------|-------|----------------------------------------------------------------------|
 | features            | [B, M, F]          | f32   | target features of the tokens committed since the last call          |
 | block_ids           | [B, N]             | int64 | blocks of [anchor, kept tokens, masks]; a mask is ``mask_token_id``   |
-| positions           | [B, N]             | int64 | position of each block token in its sequence                         |
+| positions           | [B, M + N]         | int64 | position in its sequence of each feature row, then of each block token |
 | mask                | [B, N, M + N]      | bool  | the valid feature rows, then the tokens of the same block            |
 | past_lengths        | [B]                | int64 | committed rows in this drafter's cache; the M new ones follow them   |
 | past_k_i, past_v_i  | [B, Hkv, C, D]     | float | cache buffers of layer i, handed over whole                          |
@@ -119,8 +119,7 @@ class DFlash(nn.Module):
             Normed hidden states ``[B, N, H]`` and each layer's (K, V) of the features, ``[B, Hkv, M, D]``.
         """
         context = self.hidden_norm(self.fc(features.to(block.dtype)))
-        committed = past_lengths[:, None] + torch.arange(features.shape[1], device=features.device)
-        rotary = self.rotary_emb(block, torch.cat([committed, positions], dim=1))
+        rotary = self.rotary_emb(block, positions)
         new = []
         for layer, layer_past in zip(self.layers, past, strict=True):
             block, rows = layer(block, context, rotary, mask, layer_past, past_lengths)

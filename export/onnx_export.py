@@ -30,7 +30,7 @@ TARGET_AXES = {
 DRAFTER_AXES = {
     "features": "BM",
     "block_ids": "BN",
-    "positions": "BN",
+    "positions": "BT",
     "mask": "BNT",
     "past_lengths": "B",
     "tokens": "BN",
@@ -60,7 +60,7 @@ def export_drafter(drafter: Drafter, config: PreTrainedConfig, path: Path, dtype
     inputs = {
         "features": torch.zeros(batch, m, drafter.dflash.fc.in_features),
         "block_ids": torch.zeros(batch, n, dtype=torch.int64),
-        "positions": torch.arange(n).repeat(batch, 1),
+        "positions": torch.arange(m + n).repeat(batch, 1),
         "mask": torch.ones(batch, n, m + n, dtype=torch.bool),
         "past_lengths": torch.tensor([1, 2]),
     }

@@ -76,6 +76,7 @@ class Sources:
             feature_width=self.config.hidden_size * len(self.layer_ids),
             vocabulary=self.config.vocab_size,
             mask_id=mask_id,
+            heads=config.num_attention_heads,
         )
 
     def copy_tokenizer(self, folder: Path) -> None:

@@ -103,7 +103,8 @@ class Student(nn.Module):
 
     def logits(self, features: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
         """Run over training blocks; the head only where ``rows`` ``[S, N]`` (bool) asks. Returns ``[R, Vd]``."""
-        answers = features.shape[0]
+        answers, width = features.shape[:2]
+        committed = torch.arange(width, device=features.device).expand(answers, -1)
         assert self.config.num_key_value_heads is not None
         empty = features.new_zeros(answers, self.config.num_key_value_heads, 0, self.config.head_dim)
         masked = blocks.ids == self.mask_id
@@ -112,7 +113,7 @@ class Student(nn.Module):
         hidden, _ = self.dflash(
             embedded,
             features / self.scale,
-            blocks.positions,
+            torch.cat([committed, blocks.positions], dim=1),
             blocks.mask,
             torch.zeros(answers, dtype=torch.int64, device=features.device),
             [(empty, empty)] * len(self.dflash.layers),

@@ -174,6 +174,8 @@ def test_drafter_equals_the_independent_one(exported_drafter, lengths, fresh):
     own = (owner[:, None] == owner).expand(len(lengths), -1, -1)
     mask = torch.cat([valid[:, None].expand(-1, branches * gamma, -1), own], dim=2)
     positions = torch.tensor(lengths)[:, None] + torch.arange(gamma).repeat(branches)
+    committed = torch.tensor(cached)[:, None] + torch.arange(new.shape[1])
+    positions = torch.cat([committed, positions], dim=1)
     found = outputs(session, new, blocks.flatten(1), positions, mask, torch.tensor(cached), past)
     for b, length in enumerate(lengths):
         for j in range(branches):

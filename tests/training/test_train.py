@@ -209,7 +209,7 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
     feeds = {
         "features": features[:, :anchor],
         "block_ids": blocks.ids,
-        "positions": blocks.positions,
+        "positions": torch.cat([torch.arange(anchor)[None], blocks.positions], dim=1),
         "mask": torch.ones(1, 4, anchor + 4, dtype=torch.bool),
         "past_lengths": torch.zeros(1, dtype=torch.int64),
     } | empty
