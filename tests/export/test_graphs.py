@@ -200,7 +200,8 @@ def _drafter_cache(session, features, cached, capacity):
         empty = [tuple(torch.zeros(1, 2, 1, 8) for _ in "kv") for _ in range(2)]
         one = torch.zeros(1, 1, dtype=torch.int64)
         mask = torch.ones(1, 1, done + 1, dtype=torch.bool)
-        new = outputs(session, rows[None, :done], one, one, mask, torch.tensor([0]), empty)
+        positions = torch.arange(done + 1)[None]
+        new = outputs(session, rows[None, :done], one, positions, mask, torch.tensor([0]), empty)
         for layer in range(2):
             for j, kind in enumerate("kv"):
                 past[layer][j][b, :, :done] = torch.tensor(new[f"new_{kind}_{layer}"][0])
