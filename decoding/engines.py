@@ -66,11 +66,20 @@ class TargetEngine(Sequences, Protocol):
     def ragged(self) -> bool:
         """Whether a pass costs what its rows cost, padding nothing: pieces of prompts then ride with the trees."""
 
-    def forward(self, sequences: Sequence[int], token_ids: Array, positions: Array, mask: Array, counts: Sequence[int]) -> Pass:
+    def forward(
+        self,
+        sequences: Sequence[int],
+        token_ids: Array,
+        positions: Array,
+        mask: Array,
+        counts: Sequence[int],
+        silent: int = 0,
+    ) -> Pass:
         """Run over ``[B, N]`` tokens of some sequences under ``[B, N, N]`` masks, in which no token sees a later one.
 
         Args:
             counts: how many tokens of each row of ``token_ids`` are there, its first ones; N each where only a device knows.
+            silent: the last so many sequences are pieces of prompts, of which nothing will be chosen.
         """
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
