@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
 
 from export import tensorrt_build
-from export.config import Backend, Pipeline, UserError, load
+from export.config import Backend, CompiledBackend, Pipeline, UserError, load
+from export.paged_graph import write_paged
 from export.repository import write_repository
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = ("target", "first", "second")
 # What an exported graph follows from, besides its checkpoints.
 SOURCES = (
-    *("export/target.py", "export/drafter.py", "export/onnx_export.py"),
+    *("export/target.py", "export/drafter.py", "export/onnx_export.py", "export/blocks.py", "export/paged_graph.py"),
     *("plugins/cascade_attention/op.py", "plugins/cascade_attention/function_body.py"),
 )
 # What a TensorRT engine follows from too.
@@ -53,7 +54,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     Raises:
         BuildError, CheckpointError: with one clear line.
     """
-    compiled = pipeline.engine.backend != "onnxruntime"
+    compiled = pipeline.engine.backend in get_args(CompiledBackend)
     if compiled:
         tensorrt_build.library(pipeline.engine.backend)  # before any other work
     from export.sources import open_sources  # PyTorch takes seconds that --help and a bad file need not wait for
@@ -78,6 +79,8 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             with replacing(place) as partial:
                 info = sources.export(graph, partial / "model.onnx", pipeline.engine.graph_dtype)
                 record: dict[str, Any] = {"key": keys[graph], "info": asdict(info)}
+                if not compiled:
+                    write_paged(partial / "model.onnx", partial / "paged.onnx")
                 if compiled:
                     print(f"{label}: building the engine …", flush=True)
                     record["engine"] = _compile(pipeline.engine.backend, partial, shapes[graph], output)
@@ -112,10 +115,11 @@ def _compile(backend: str, folder: Path, shapes: tensorrt_build.Profiles, output
 def _key(pipeline: Pipeline, sources: "Sources", graph: str, shapes: tensorrt_build.Profiles) -> str:
     """SHA-256 of all that an engine follows from."""
     backend = pipeline.engine.backend
-    code = SOURCES if backend == "onnxruntime" else SOURCES + COMPILED
+    compiled = backend in get_args(CompiledBackend)
+    code = SOURCES + COMPILED if compiled else SOURCES
     made_from = {
-        "backend": [backend, pipeline.engine.graph_dtype, shapes],
-        "library": None if backend == "onnxruntime" else tensorrt_build.library(backend).__version__,
+        "backend": [backend if compiled else "onnx", pipeline.engine.graph_dtype, pipeline.engine.weights, shapes],
+        "library": tensorrt_build.library(backend).__version__ if compiled else None,
         "device": tensorrt_build.device(backend),
         "checkpoints": sources.fingerprints(graph),
         "code": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in code},

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from decoding.modes import ModeName, Redraft, Selection
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+CompiledBackend = Literal["tensorrt", "tensorrt_rtx"]
+Backend = Literal["openvino", "onnxruntime", CompiledBackend]
+Weights = Literal["auto", "f32", "int8", "int4"]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -60,7 +62,11 @@ class DecodingSection(Section):
 class EngineSection(Section):
     """What the graphs are compiled for."""
 
-    backend: Backend = "onnxruntime"
+    backend: Backend = "openvino"
+    weights: Weights = Field(
+        "auto",
+        description="auto: as they lie in a quantised GGUF file, else int8 where that keeps the target's answers, else f32",
+    )
     providers: list[Literal["cuda", "openvino", "cpu"]] = Field(
         ["cuda", "openvino", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
     )
@@ -70,16 +76,16 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _compiled(self) -> "EngineSection":
-        if self.backend == "onnxruntime" and self.precision == "f16":
-            raise ValueError("precision auto, f32 or bf16 with backend onnxruntime")
+        if self.backend == "openvino" and self.precision == "f16":
+            raise ValueError("precision auto, f32 or bf16 with backend openvino")
         if self.backend == "tensorrt" and self.precision == "f32":  # the plugin's kernel has no f32 form
             raise ValueError("precision auto, bf16 or f16 with backend tensorrt")
         return self
 
     @property
     def graph_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """What the graphs are exported in: ONNX Runtime lowers the precision itself, TensorRT computes in the graph's types."""
-        if self.backend == "onnxruntime":
+        """What the graphs are exported in: on a CPU the runtime lowers the precision itself, TensorRT computes in the graph's types."""
+        if self.backend in ("openvino", "onnxruntime"):
             return "float32"
         return {"f32": "float32", "f16": "float16"}.get(self.precision, "bfloat16")  # type: ignore[return-value]
 

@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from export.blocks import CODES
 from export.drafter import Drafter
 from export.target import Target
 from plugins.cascade_attention.op import add_function_body
 
-OPSET = 18
+OPSET, BLOCKS_OPSET = 18, 21
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 # The dynamic axes by name; a runtime sizes its outputs by them. T is what a query can see among the new keys.
@@ -108,6 +110,27 @@ def _export(
         del node.metadata_props[:]  # stack traces, with this machine's paths
     add_function_body(model)
     onnx.save(model, path)
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        _pack(path)
+
+
+def _pack(path: Path) -> None:
+    """Quantised weights in ONNX's own form: 4-bit codes two in a byte, under the opset that knows blocks."""
+    model = onnx.load(path)
+    for opset in model.opset_import:
+        if opset.domain == "":
+            opset.version = BLOCKS_OPSET
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(f".{CODES}"):
+            codes = onnx.numpy_helper.to_array(tensor).reshape(-1)
+            packed = (codes[0::2] & 15) | ((codes[1::2] & 15) << 4)
+            name, dims = tensor.name, list(tensor.dims)
+            tensor.Clear()
+            tensor.name, tensor.data_type, tensor.raw_data = name, onnx.TensorProto.INT4, packed.astype(np.uint8).tobytes()
+            tensor.dims.extend(dims)
+    data = path.with_name(f"{path.name}.data")
+    data.unlink()
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
 from export import checkpoints
+from export.blocks import keep_blocks
 from export.checkpoints import CheckpointError, DrafterCheckpoint
-from export.config import Pipeline
+from export.config import Pipeline, Weights
 from export.drafter import Drafter
 from export.onnx_export import export_drafter, export_target
 from export.target import Target
@@ -24,7 +25,8 @@ class Sources:
     """What a pipeline is compiled from.
 
     Attributes:
-        folder, config: of the target.
+        folder, config: of the target. gguf: the file that the folder was converted from, if it was.
+        weights: as ``engine.weights`` asks.
         layer_ids: the target's layers whose outputs are its features.
         drafters: ``first`` and ``second``, or none. built: the same, between the target's embedding and head, with the id
             that stands for a mask.
@@ -32,7 +34,9 @@ class Sources:
     """
 
     folder: Path
+    gguf: Path | None
     config: PreTrainedConfig
+    weights: Weights
     layer_ids: list[int]
     drafters: dict[str, DrafterCheckpoint]
     built: dict[str, tuple[Drafter, int]]
@@ -63,7 +67,10 @@ class Sources:
     def export(self, graph: str, path: Path, dtype: str) -> GraphInfo:
         """Write a graph's ONNX file, its floats of a PyTorch dtype, and say what its engine needs to know of it."""
         if graph == "target":
-            export_target(Target(checkpoints.load_target(self.folder), self.layer_ids), path, getattr(torch, dtype))
+            model = checkpoints.load_target(self.folder)
+            if self.gguf and self.weights == "auto":
+                keep_blocks(model, self.gguf)
+            export_target(Target(model, self.layer_ids), path, getattr(torch, dtype))
             config, mask_id = self.config, -1
         else:
             drafter, mask_id = self.built[graph]
@@ -91,8 +98,9 @@ def open_sources(pipeline: Pipeline) -> Sources:
     Raises:
         CheckpointError: one is missing or broken, or they do not fit each other.
     """
-    folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
-    config = checkpoints.target_config(folder)
+    located = checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision)
+    folder, gguf = checkpoints.open_target(located), located if located.is_file() else None
+    config, weights = checkpoints.target_config(folder), pipeline.engine.weights
     if pipeline.limits.length > config.max_position_embeddings:
         raise CheckpointError(
             f"limits.length: found {pipeline.limits.length}, allowed: up to {config.max_position_embeddings}, "
@@ -101,7 +109,7 @@ def open_sources(pipeline: Pipeline) -> Sources:
     if pipeline.drafters is None:
         training = pipeline.training
         layer_ids = training.target_layer_ids or checkpoints.spread_layers(config.num_hidden_layers, training.layers)
-        return Sources(folder, config, layer_ids, {}, {}, training.block_size)
+        return Sources(folder, gguf, config, weights, layer_ids, {}, {}, training.block_size)
     references = {"first": pipeline.drafters.first, "second": pipeline.drafters.second}
     drafters = {name: checkpoints.read_drafter(checkpoints.locate(path)) for name, path in references.items()}
     first, second = drafters["first"], drafters["second"]
@@ -118,4 +126,4 @@ def open_sources(pipeline: Pipeline) -> Sources:
             )
     embedding, head = checkpoints.target_embeddings(folder)
     built = {name: checkpoints.build_drafter(drafter, config, embedding, head) for name, drafter in drafters.items()}
-    return Sources(folder, config, first.target_layer_ids, drafters, built, block_size)
+    return Sources(folder, gguf, config, weights, first.target_layer_ids, drafters, built, block_size)

@@ -1,0 +1,290 @@
+"""What a call of each engine takes on this machine: measured at first start, kept beside the build, corrected while serving.
+
+``python -m engines.costs build/`` measures if need be, prints the tables and plots them.
+
+A call of R rows over S sequences with X tokens in their caches takes ``rows(R) + X · context(R / S) + S · sequence``. The first
+is a staircase, on some machines not even a rising one: it is looked up between measured sizes, and nothing is fitted to it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256)  # rows that are measured
+LONG, SHORT = 768, 64  # tokens in the cache while they are
+REACH = 0.03  # weight of a call in the correction
+FORM = 1  # of the file
+
+
+@dataclass
+class Table:
+    """Of one engine.
+
+    Attributes:
+        rows: measured sizes. seconds: of a call of as many, one sequence, short context.
+        widths: sizes measured with a long context too. context: seconds for each token in the cache at these.
+        sequence: seconds for each further sequence.
+        correction: what calls took, of what the table says, by measured size.
+    """
+
+    rows: list[int]
+    seconds: list[float]
+    widths: list[int]
+    context: list[float]
+    sequence: float
+    correction: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.correction = self.correction or [1.0] * len(self.rows)
+        self._rows, self._seconds = np.array(self.rows, float), np.array(self.seconds)
+        self._widths, self._context = np.array(self.widths, float), np.array(self.context)
+        self._correction = np.array(self.correction)
+
+    def __call__(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
+        """Seconds of calls of ``rows`` each (int64 array); calls larger than any measured are reckoned by their last step."""
+        base = np.interp(rows, self._rows, self._seconds)
+        beyond = np.maximum(rows - self._rows[-1], 0)
+        base = base + beyond * (self._seconds[-1] / self._rows[-1])
+        each = np.interp(rows / max(sequences, 1), self._widths, self._context)
+        factor = np.interp(rows, self._rows, self._correction)
+        return factor * (base + context * each + max(sequences - 1, 0) * self.sequence)
+
+    def observe(self, rows: int, sequences: int, context: int, seconds: float) -> None:
+        """A call was made. One that was held up by something else counts as twice what was expected, at most."""
+        expected = float(self(np.array([rows]), sequences, context)[0])
+        ratio = np.clip(seconds / max(expected, 1e-6), 0.5, 2.0)
+        distance = np.abs(np.log((self._rows + 1) / (rows + 1)))
+        near = np.exp(-((distance / 0.3) ** 2))  # sizes a third larger or smaller learn with it
+        self._correction = np.clip(self._correction * (1 + REACH * near * (ratio - 1)), 0.2, 5.0)
+
+
+class Costs:
+    """Contract: ``decoding/engines.py``. ``tables``: of ``target`` and, where there are drafters, ``first`` and ``second``."""
+
+    def __init__(self, tables: dict[str, Table]) -> None:
+        self.tables = tables
+
+    def target(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
+        return self.tables["target"](rows, sequences, context)
+
+    def first(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
+        return self.tables["first"](rows, sequences, context)
+
+    def second(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
+        return self.tables["second"](rows, sequences, context)
+
+    def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
+        self.tables[engine].observe(rows, sequences, context, seconds)
+
+
+def machine() -> str:
+    """This machine, for a file of costs to be told from another's."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_bf16") if f" {flag} " in f"{flags} "]
+        model = f"{name} ({' '.join(known)})"
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def load(file: Path, identity: dict[str, Any]) -> Costs | None:
+    """The costs that a file holds, if it is whole and of these engines on this machine."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["identity"] != identity:
+            return None
+        return Costs({name: Table(**table) for name, table in stored["tables"].items()})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save(file: Path, identity: dict[str, Any], costs: Costs) -> None:
+    """Write it whole or not at all. A folder that cannot be written to is none of serving's business."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    content = {"identity": identity, "tables": {name: asdict(table) for name, table in costs.tables.items()}}
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.rename(file)
+    except OSError as error:
+        print(f"costs are not kept: {error}", file=sys.stderr)
+
+
+def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Callable[[str], None] = print) -> Costs:
+    """Time the engines.
+
+    Args:
+        target, drafters: as ``BuildDirectory.load`` gives them, with no sequence open.
+        width: F, of the features. most: tokens that a sequence may hold.
+    """
+    began = time.monotonic()
+    long = min(LONG, most - max(SIZES) - 1)
+    tables = {"target": _table(_TargetCalls(target, most), long)}
+    say(f"costs: the target is measured, {time.monotonic() - began:.0f} s")
+    for name, drafter in zip(("first", "second"), drafters, strict=False):
+        tables[name] = _table(_DrafterCalls(drafter, width, most), long)
+        say(f"costs: the {name} drafter is measured, {time.monotonic() - began:.0f} s")
+    return Costs(tables)
+
+
+class _TargetCalls:
+    def __init__(self, target: Any, most: int) -> None:
+        self.engine, self.most = target, most
+
+    def open(self, number: int) -> int:
+        # Of its own beginning, or it would share another's blocks, and end sooner than asked.
+        return self.engine.open([number, *[0] * (self.most - 1)], self.most)
+
+    def fill(self, sequence: int, rows: int) -> None:
+        """Take in so many tokens."""
+        while rows > 0:
+            n = min(rows, 128)
+            self.call([sequence], n)
+            self.engine.keep([range(n)])
+            rows -= n
+
+    def call(self, sequences: Sequence[int], n: int) -> None:
+        batch = len(sequences)
+        starts = np.array([self.engine.length(sequence) for sequence in sequences])
+        ids = self.engine.send(np.ones((batch, n), np.int64))
+        positions = self.engine.send(starts[:, None] + np.arange(n))
+        mask = self.engine.send(np.broadcast_to(np.tri(n, dtype=bool), (batch, n, n)).copy())
+        made = self.engine.forward(sequences, ids, positions, mask, [n] * batch)
+        self.engine.read(made.choose(self.engine.send(np.zeros(batch, np.int64)), [_GREEDY] * batch, None))
+
+
+class _DrafterCalls:
+    def __init__(self, drafter: Any, width: int, most: int) -> None:
+        self.engine, self.width, self.most = drafter, width, most
+
+    def open(self, number: int) -> int:
+        return self.engine.open([number, *[0] * (self.most - 1)], self.most)
+
+    def fill(self, sequence: int, rows: int) -> None:
+        while rows > 0:
+            m = min(rows, 128)
+            none = np.zeros((1, 0), np.int64)
+            features = self.engine.send(np.ones((m, self.width), np.float32))
+            self.engine.forward([sequence], [features], none, none, np.zeros((1, 0, 0), bool))
+            rows -= m
+
+    def call(self, sequences: Sequence[int], n: int) -> None:
+        batch = len(sequences)
+        starts = np.array([self.engine.length(sequence) for sequence in sequences])
+        none = self.engine.send(np.zeros((0, self.width), np.float32))
+        ids = self.engine.send(np.full((batch, n), self.engine.mask_id))
+        mask = np.ones((batch, n, n), bool)
+        made, _ = self.engine.forward(sequences, [none] * batch, ids, starts[:, None] + np.arange(n), mask)
+        self.engine.read(made)
+
+
+@dataclass(frozen=True)
+class _Greedy:
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+_GREEDY = _Greedy()
+
+
+def _table(calls: Any, long: int) -> Table:
+    def seconds(sequences: Sequence[int], n: int) -> float:
+        calls.call(sequences, n)  # a shape that was never met takes longer
+        times = []
+        for _ in range(2 if n > 48 else 4):
+            start = time.perf_counter()
+            calls.call(sequences, n)
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    calls.engine.reset()
+    sizes = [n for n in SIZES if n + long < calls.most]
+    one = calls.open(1)
+    calls.fill(one, min(SHORT, long))
+    short = calls.engine.length(one)
+    flat = {n: seconds([one], n) for n in sizes}
+    more = []
+    for number in range(2, 5):
+        if not calls.engine.room(calls.most):
+            break
+        more.append(calls.open(number))
+        calls.fill(more[-1], short)
+    together = len(more) + 1
+    joint = seconds([one, *more], 1) if more else 0.0
+    for sequence in more:
+        calls.engine.close(sequence)
+    calls.fill(one, long - short)
+    widths = [n for n in (1, 8, 32) if n in flat]
+    context = [max(0.0, (seconds([one], n) - flat[n]) / max(long - short, 1)) for n in widths]
+    calls.engine.reset()
+    seconds_of = [max(flat[n] - short * float(np.interp(n, widths, context)), 1e-6) for n in sizes]
+    alike = float(np.interp(together, sizes, [flat[n] for n in sizes]))
+    return Table(sizes, seconds_of, widths, context, max(0.0, (joint - alike) / max(together - 1, 1)))
+
+
+def describe(costs: Costs) -> str:
+    """The tables as text."""
+    lines = []
+    for name, table in costs.tables.items():
+        lines.append(f"{name}: ms by rows, one sequence, empty cache")
+        lines.append("  " + "  ".join(f"{n}:{s * 1e3:.1f}" for n, s in zip(table.rows, table.seconds, strict=True)))
+        each = ", ".join(f"{c * 1e6:.2f} at {n} rows" for n, c in zip(table.widths, table.context, strict=True))
+        lines.append(f"  μs for each token in the cache: {each}; ms for each further sequence: {table.sequence * 1e3:.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from engines.build_directory import BuildDirectory, BuildDirectoryError
+    from engines.engine import EngineError
+
+    parser = argparse.ArgumentParser(prog="python -m engines.costs", description=__doc__.split("\n\n")[0])
+    parser.add_argument("build", type=Path, help="a build directory")
+    parser.add_argument("--again", action="store_true", help="measure what is known already")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw it, too (needs matplotlib)")
+    args = parser.parse_args(arguments)
+    try:
+        directory = BuildDirectory.open(args.build)
+        costs = directory.costs(*directory.load(), again=args.again)
+    except (BuildDirectoryError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{machine()}\n{describe(costs)}")
+    if args.plot:
+        _plot(costs, args.plot)
+    return 0
+
+
+def _plot(costs: Costs, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = np.arange(1, 129)
+    for name, table in costs.tables.items():
+        line = axis.plot(rows, table(rows, 1, 0) * 1e3, label=name)[0]
+        axis.plot(rows, table(rows, 1, 1024) * 1e3, color=line.get_color(), linestyle=":")
+    axis.set(xlabel="rows of a call", ylabel="ms", ylim=(0, None), title=f"{machine()}; dotted: 1,024 tokens in the cache")
+    axis.legend()
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

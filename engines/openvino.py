@@ -1,0 +1,161 @@
+"""Engines on OpenVINO's own runtime, for CPUs: one graph over rows of many sequences, their K/V in a pool of blocks.
+
+It reads the ONNX file that ``export/paged_graph.py`` wrote, and takes its ``d2sd::CascadeAttention`` for OpenVINO's paged
+attention, which GenAI serves with. That operator's interface may change between releases, so the release is pinned.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.engine import EngineError, GraphInfo
+from engines.paged import BLOCK
+
+ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
+Precision = str
+
+
+def require() -> Any:
+    """OpenVINO's module.
+
+    Raises:
+        EngineError: it is not installed, or does not load here.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(f"engine.backend: openvino does not load here ({error}); {ADVICE}") from None
+    return openvino
+
+
+def choose(precision: str) -> Precision:
+    """What ``auto`` means here: bf16 where the CPU multiplies it in tiles (AMX), else f32."""
+    return precision if precision != "auto" else "bf16" if _has_amx() else "f32"
+
+
+def _has_amx() -> bool:
+    """Without tiles OpenVINO's bf16 is slower than its f32 from 16 rows on (docs/engines.md)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+
+
+class OpenVinoGraph:
+    """A graph in OpenVINO.
+
+    Args:
+        path: the ONNX file. precision: f32 or bf16.
+        group: rows of a weight's block, for quantised weights: the CPU may then round activations to 8 bits in such groups,
+            where it multiplies them faster; 0 leaves activations alone.
+        blocks: of the pool.
+
+    Raises:
+        EngineError: the file is broken, or of another version of OpenVINO.
+    """
+
+    def __init__(self, path: Path, info: GraphInfo, precision: Precision, group: int, blocks: int) -> None:
+        ov = require()
+        self.info = info
+        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}"
+        core = ov.Core()
+        core.add_extension(_as_paged_attention(ov, info))
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
+            "KV_CACHE_PRECISION": precision,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+        }
+        kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
+        try:
+            model = core.read_model(path)
+            for binding in model.inputs:
+                if binding.get_any_name().removeprefix("past_") in info.cache_bindings:
+                    binding.get_node().set_element_type(kind)
+            model.reshape({binding: _shape(binding, info) for binding in model.inputs})
+            self._request = core.compile_model(model, "CPU", options).create_infer_request()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise EngineError(f"{path}: OpenVINO cannot load it ({reason}); build again: python export/build.py") from None
+        shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
+        self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
+        self._held = []  # a request does not keep alive what it reads in place
+        for name, rows in zip(info.cache_bindings, self.cache, strict=True):
+            tensor = ov.Tensor(rows, list(rows.shape), kind) if precision == "bf16" else ov.Tensor(rows, shared_memory=True)
+            self._request.set_tensor(f"past_{name}", tensor)
+            self._held.append(tensor)
+        self._tensor = ov.Tensor
+        self._outputs = [output.get_any_name() for output in self._request.model_outputs]
+
+    def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
+        for name, value in inputs.items():
+            self._request.set_tensor(name, self._tensor(value, shared_memory=bool(value.size and value.ndim)))
+        self._request.infer()
+        return {name: self._request.get_tensor(name).data for name in self._outputs}
+
+
+def _shape(binding: Any, info: GraphInfo) -> Any:
+    """A binding's, as far as it is known: one row of tokens, and blocks of a pool."""
+    name, shape = binding.get_any_name(), binding.get_partial_shape()
+    if name.removeprefix("past_") in info.cache_bindings:
+        shape[2] = BLOCK
+    elif name in ("token_ids", "positions", "features", "block_ids"):
+        shape[0] = 1
+    return shape
+
+
+def _as_paged_attention(ov: Any, info: GraphInfo) -> Any:
+    """How OpenVINO's front end reads ``d2sd::CascadeAttention``; its inputs: ``export/paged_graph.py``."""
+    import openvino.opset13 as op
+    from openvino.frontend.onnx import ConversionExtension
+    from openvino.op import _PagedAttentionExtension
+
+    heads, kv_heads, dim = info.heads, info.kv_heads, info.head_dim
+
+    def constant(values: Any, dtype: type[np.generic]) -> Any:
+        return op.constant(np.array(values, dtype))
+
+    def none(dtype: type[np.generic], rank: int = 1) -> Any:
+        return op.constant(np.zeros([0] * rank, dtype))
+
+    def convert(node: Any) -> list[Any]:
+        q, k, v, past_k, past_v, *told = (node.get_input(i) for i in range(node.get_input_size()))
+        told, mine = told[:7], told[7:]
+        lens, begins, blocks, block_begins, longest, bias, bias_begins = told
+
+        def rows(x: Any, width: int) -> Any:
+            """``[1, H, R, D]`` to ``[R, H·D]``."""
+            turned = op.transpose(x, constant([0, 2, 1, 3], np.int64))
+            return op.reshape(turned, constant([-1, width * dim], np.int64), False)
+
+        def take(x: Any, chosen: Any) -> Any:
+            return op.gather(x, chosen, constant(0, np.int64))
+
+        q, k, v = rows(q, heads), rows(k, kv_heads), rows(v, kv_heads)
+        if mine:
+            key_rows, query_rows, out_rows = mine
+            q, k, v = take(q, query_rows), take(k, key_rows), take(v, key_rows)
+        integer, real = np.int32, np.float32
+        inputs = [
+            *(q, k, v, past_k, past_v, lens, begins, blocks, block_begins),
+            *(constant(node.get_attribute("scale"), real), constant(0, integer), none(real), longest),  # scale, window, ALiBi
+            *(none(integer), none(integer), none(integer), none(real)),  # score aggregation, rotation of blocks
+            *(none(real), constant(0, integer), constant(0, integer)),  # XAttention
+            *(none(real, 4), constant(0, integer), none(integer), none(integer), none(integer)),  # sinks, eviction
+            *(none(integer), bias, bias_begins),  # token types, the tree's mask
+        ]
+        attention = _PagedAttentionExtension([x if isinstance(x, ov.Output) else x.output(0) for x in inputs])
+        for kind in "kv":
+            attention.get_rt_info()[f"num_{kind}_heads"] = kv_heads
+            attention.get_rt_info()[f"{kind}_head_size"] = dim
+        out = attention.output(0)
+        if mine:
+            out = take(out, out_rows)
+        out = op.reshape(out, constant([1, -1, heads, dim], np.int64), False)
+        return [op.transpose(out, constant([0, 2, 1, 3], np.int64)).output(0)]
+
+    return ConversionExtension("CascadeAttention", "d2sd", convert)

@@ -1,0 +1,80 @@
+"""An ONNX file for paged attention, beside the first one and with the same weights: what ``engines/openvino.py`` reads.
+
+The graph is rewritten from ``[B, N]`` tokens to one row of all sequences' tokens: B is 1, and the operator is told where each
+sequence's rows and cache blocks lie. Bindings of a call over S sequences, besides those of the ONNX file:
+
+| binding              | shape                 | dtype | meaning                                                            |
+|----------------------|-----------------------|-------|--------------------------------------------------------------------|
+| past_k_i, past_v_i   | [blocks, Hkv, 32, D]  | float | the pool of blocks; K/V of the call's rows are written into it     |
+| past_lens            | [S]                   | int32 | rows of each sequence in the cache                                 |
+| subsequence_begins   | [S + 1]               | int32 | where each sequence's rows begin                                   |
+| block_indices        | [..]                  | int32 | the blocks of the first sequence, of the second, …                 |
+| block_indices_begins | [S + 1]               | int32 | where each one's begin                                             |
+| max_context_len      | []                    | int32 | rows of the longest, those of the call included                    |
+| qq_bias              | [..]                  | uint8 | each sequence's [n, n] mask of its own rows; none sees a later one |
+| qq_bias_begins       | [S + 1]               | int32 | where each one's begins                                            |
+| asked                | [A]                   | int64 | target: rows whose logits leave                                    |
+| key_rows, query_rows | [R]                   | int64 | drafter: what of features and block tokens each row is (paged.py)  |
+| out_rows             | [N]                   | int64 | drafter: which rows are the block's answers                        |
+
+``past_lengths``, ``mask`` and the ``new_*`` outputs are gone.
+"""
+
+from pathlib import Path
+
+import onnx
+
+from plugins.cascade_attention.function_body import CascadeAttention
+
+INT32, INT64, UINT8 = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT8
+PAGED = {
+    "past_lens": (INT32, ["S"]),
+    "subsequence_begins": (INT32, ["begins"]),
+    "block_indices": (INT32, ["blocks"]),
+    "block_indices_begins": (INT32, ["begins"]),
+    "max_context_len": (INT32, []),
+    "qq_bias": (UINT8, ["pairs"]),
+    "qq_bias_begins": (INT32, ["begins"]),
+}
+DRAFTER = {name: (INT64, [name]) for name in ("key_rows", "query_rows", "out_rows")}
+TARGET = {"asked": (INT64, ["asked"])}
+
+
+def write_paged(graph: Path, place: Path) -> None:
+    """Write the graph with the bindings above. Both files must lie in one folder.
+
+    Args:
+        graph: the ONNX file of a target or drafter (``export/target.py``, ``export/drafter.py``).
+    """
+    model = onnx.load(graph, load_external_data=False)
+    content = model.graph
+    drafter = any(value.name == "features" for value in content.input)
+    told = PAGED | (DRAFTER if drafter else {})
+    for node in content.node:
+        if node.op_type == CascadeAttention.name:
+            given = list(node.input)[:5]
+            del node.input[:]
+            node.input.extend([*given, *told])
+    if not drafter:
+        _select(content)
+        told = told | TARGET
+    inputs = [value for value in content.input if value.name not in ("mask", "past_lengths")]
+    outputs = [value for value in content.output if not value.name.startswith("new_")]
+    del content.input[:], content.output[:], content.value_info[:], model.functions[:]
+    content.input.extend([*inputs, *(onnx.helper.make_tensor_value_info(name, *kind) for name, kind in told.items())])
+    content.output.extend(outputs)
+    onnx.save(model, place)
+
+
+def _select(content: onnx.GraphProto) -> None:
+    """Gather the asked rows in front of the head."""
+    makers = {name: node for node in content.node for name in node.output}
+    node = makers["logits"]
+    while node.op_type != "MatMul":
+        node = makers[node.input[0]]
+    hidden = node.input[0]
+    for reader in content.node:
+        if hidden in reader.input and reader.op_type in ("MatMul", "Reshape"):
+            reader.input[list(reader.input).index(hidden)] = "asked_hidden"
+    place = next(i for i, each in enumerate(content.node) if hidden in each.output)
+    content.node.insert(place + 1, onnx.helper.make_node("Gather", [hidden, "asked"], ["asked_hidden"], axis=1))
