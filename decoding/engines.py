@@ -1,8 +1,7 @@
 """What decoding asks of the engines: it runs on whatever has these methods, and knows no runtime.
 
-An engine holds the running sequences in an order, and beside them one whose prompt is being taken in. What it makes stays in
-the runtime's own memory, which may be a device's. Decoding works on it there, by the Python array API standard, and waits for
-a device only in ``read``.
+An engine holds sequences, each with a KV cache of its own. What it makes stays in the runtime's own memory, which may be a
+device's. Decoding works on it there, by the Python array API standard, and waits for a device only in ``read``.
 """
 
 from collections.abc import Sequence
@@ -21,14 +20,25 @@ Features = Array  # [m, F] rows of the target's features: decoding hands them on
 
 
 class Sequences(Protocol):
-    def join(self, place: int | None) -> None:
-        """Make the sequence whose prompt was taken in the last of the running ones, or put it in the place of one."""
+    def room(self, rows: int) -> bool:
+        """Whether one more sequence can be opened that will hold up to ``rows`` tokens."""
 
-    def leave(self, sequence: int) -> None:
-        """Drop a running sequence; those behind it move up."""
+    def open(self, tokens: list[int], rows: int) -> int:
+        """Begin a sequence and reserve what ``rows`` tokens can need. Returns the number it goes by.
+
+        Args:
+            tokens: of the sequence, which its owner goes on appending to. An engine that still has the K/V of their
+                beginning, computed for another sequence, starts with it: see ``length``.
+        """
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence whose K/V are in its cache."""
+
+    def close(self, sequence: int) -> None:
+        """End a sequence and free what it held."""
 
     def reset(self) -> None:
-        """Drop all sequences."""
+        """End all sequences."""
 
     def send(self, array: NDArray) -> Array:
         """The host's array in the runtime's memory; the host does not wait for it."""
@@ -50,34 +60,35 @@ class Pass(Protocol):
             ``[B]`` int64, void where there is no node.
         """
 
-    def features(self, sequence: int, nodes: Sequence[int]) -> Features:
-        """Those of some nodes of a sequence, ``[len(nodes), F]``; they outlast the pass."""
-
 
 class TargetEngine(Sequences, Protocol):
-    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Features:
-        """Take ``[1, N]`` prompt tokens into the cache of the joining sequence. Returns their features ``[N, F]``,
-        which the next call overwrites."""
+    @property
+    def ragged(self) -> bool:
+        """Whether a pass costs what its rows cost, padding nothing: pieces of prompts then ride with the trees."""
 
-    def forward(self, token_ids: Array, positions: Array, mask: Array) -> Pass:
-        """Run over ``[B, N]`` tokens of the running sequences under ``[B, N, N]`` masks."""
+    def forward(self, sequences: Sequence[int], token_ids: Array, positions: Array, mask: Array, counts: Sequence[int]) -> Pass:
+        """Run over ``[B, N]`` tokens of some sequences under ``[B, N, N]`` masks, in which no token sees a later one.
+
+        Args:
+            counts: how many tokens of each row of ``token_ids`` are there, its first ones; N each where only a device knows.
+        """
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
-        """Write the last forward's K/V of the given query rows of each sequence into its cache, in order."""
+        """Take the given tokens of each sequence of the last forward into its cache, in order: K/V and features."""
+
+    def features(self, sequence: int, start: int, stop: int) -> Features:
+        """Those of the tokens in a sequence's cache from ``start`` up to ``stop``, ``[stop - start, F]``."""
 
 
 class DrafterEngine(Sequences, Protocol):
-    def prefill(self, features: Features) -> None:
-        """Take prompt features ``[M, F]`` into the cache of the joining sequence."""
-
     def forward(
-        self, features: Sequence[Features | None], block_ids: Array, positions: Ints, mask: Bools
+        self, sequences: Sequence[int], features: Sequence[Features], block_ids: Array, positions: Ints, mask: Bools
     ) -> tuple[Array, Array]:
-        """Take the features of newly committed tokens into the cache, then run over blocks.
+        """Take the features of committed tokens into the caches of some sequences, then run over blocks.
 
         Args:
-            features: of each running sequence, ``[m, F]``, or None if there are none.
-            block_ids: ``[B, N]``. positions: ``[B, N]``.
+            features: of each sequence, ``[m, F]``, those behind its ``length``; m may be 0, and differ.
+            block_ids: ``[B, N]``; N may be 0. positions: ``[B, N]``.
             mask: ``[B, N, N]``, which block tokens see each other.
 
         Returns:
@@ -88,3 +99,20 @@ class DrafterEngine(Sequences, Protocol):
     @property
     def mask_id(self) -> int:
         """The id that stands for a masked place."""
+
+
+class Costs(Protocol):
+    """What a call takes on this machine, in seconds.
+
+    ``rows``: int64 array, tokens of the call over all its sequences (a drafter's: of blocks, and features taken in).
+    ``context``: tokens in the caches of its sequences, together.
+    """
+
+    def target(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
+
+    def first(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
+
+    def second(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
+
+    def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
+        """Learn from a call that was made. engine: ``target``, ``first`` or ``second``."""
