@@ -29,7 +29,7 @@ class Decoder:
     Args:
         first, second: None where no mode that drafts is asked for.
         mode: of sequences that name none.
-        block_size: γ. branches: K.
+        block_size: γ. branches: K. rows: of a best-first tree, the anchor among them.
         vocabulary: V, from which ``random_redraft`` draws.
     """
 
@@ -42,6 +42,7 @@ class Decoder:
         mode: ModeName,
         block_size: int,
         branches: int,
+        rows: int = 16,
         vocabulary: int,
         selection: Selection = "confidence",
         redraft: Redraft = "exclusive",
@@ -54,6 +55,7 @@ class Decoder:
             Follower(second, target, self.numbers, block_size) if second else None,
             mode=mode,
             branches=branches,
+            rows=rows,
             vocabulary=vocabulary,
             selection=selection,
             redraft=redraft,
@@ -74,8 +76,7 @@ class Decoder:
     def close(self, sequence: Sequence) -> None:
         """End a sequence and free what it held."""
         self.target.close(self.numbers.pop(sequence))
-        for follower in self.drafting.followers(sequence):
-            follower.close(sequence)
+        self.drafting.close(sequence)
 
     def reset(self) -> None:
         """End all sequences, whatever state the engines are in."""
@@ -108,6 +109,7 @@ class Decoder:
             chosen = tokens[: len(accepted)].tolist()
             count = sequence.commit(chosen)
             sequence.cycles += 1
+            self.drafting.learn(sequence, chosen[:count])
             committed.append(chosen[:count])
             kept.append(accepted[:count])
         self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
