@@ -1,16 +1,23 @@
-"""The decoding modes: where a cycle's branches come from.
+"""The decoding modes: what a cycle verifies, and where it comes from.
 
-``d2sd`` is the method. ``dflash`` and ``autoregressive`` are what it is compared with, ``runner_up`` is the gain to be had
-without a second drafter, and the others are its ablations: what would refute it, were acceptance length not to fall.
+``autoregressive`` is plain decoding. ``lookup`` and ``ddtree`` are best-first trees of one source, ``first_text``,
+``first_second`` and ``pooled`` of several. ``d2sd`` is the published method, ``dflash`` its first draft alone, ``runner_up``
+the gain to be had without a second drafter, and the others are its ablations: what would refute it, were acceptance length
+not to fall.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 ModeName = Literal[
+    "autoregressive",
+    "lookup",
+    "ddtree",
+    "first_text",
+    "first_second",
+    "pooled",
     "d2sd",
     "dflash",
-    "autoregressive",
     "runner_up",
     "naive_samples",
     "dflash_twice",
@@ -18,36 +25,57 @@ ModeName = Literal[
     "fixed_redraft",
     "uniform_prefixes",
 ]
+SourceName = Literal["first", "second", "text"]
 Selection = Literal["confidence", "uniform"]
 Redraft = Literal["exclusive", "free"]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How a cycle drafts.
+    """How a cycle drafts: a best-first tree fed by sources, or whole branches.
 
     Attributes:
-        drafts: whether the first drafter drafts a block at all.
-        branches: what fills the branches behind the selected boundaries: the second drafter's or the first one's
-            redraft, the first draft with its runner-up token at the boundary, whole blocks sampled from the first
-            draft's distributions, random tokens, or one fixed token. None: the first block stands alone.
+        sources: of the tree: the first drafter's marginals, the second one's redrafts, earlier matches in the text.
+        block: whether the first draft is verified whole. branches: what fills the branches beside it, behind the selected
+            boundaries: the second drafter's or the first one's redraft, the first draft with its runner-up token at the
+            boundary, whole blocks sampled from the first draft's distributions, random tokens, or one fixed token.
         selection: overrides the pipeline's way of choosing boundaries.
     """
 
-    drafts: bool = True
+    sources: frozenset[SourceName] = frozenset()
+    block: bool = False
     branches: Literal["second", "first", "runner_up", "samples", "random", "fixed"] | None = None
     selection: Selection | None = None
 
+    @property
+    def drafts(self) -> bool:
+        """Whether it calls the first drafter."""
+        return self.block or "first" in self.sources
+
+    @property
+    def redrafts(self) -> bool:
+        """Whether it calls the second drafter."""
+        return self.branches == "second" or "second" in self.sources
+
+
+def _tree(*sources: SourceName) -> Mode:
+    return Mode(frozenset(sources))
+
 
 MODES: dict[ModeName, Mode] = {
-    "d2sd": Mode(branches="second"),
-    "dflash": Mode(),
-    "autoregressive": Mode(drafts=False),
-    "runner_up": Mode(branches="runner_up"),
-    "naive_samples": Mode(branches="samples"),
-    "dflash_twice": Mode(branches="first"),
-    "random_redraft": Mode(branches="random"),
-    "fixed_redraft": Mode(branches="fixed"),
-    "uniform_prefixes": Mode(branches="second", selection="uniform"),
+    "autoregressive": Mode(),
+    "lookup": _tree("text"),
+    "ddtree": _tree("first"),
+    "first_text": _tree("first", "text"),
+    "first_second": _tree("first", "second"),
+    "pooled": _tree("first", "second", "text"),
+    "d2sd": Mode(block=True, branches="second"),
+    "dflash": Mode(block=True),
+    "runner_up": Mode(block=True, branches="runner_up"),
+    "naive_samples": Mode(block=True, branches="samples"),
+    "dflash_twice": Mode(block=True, branches="first"),
+    "random_redraft": Mode(block=True, branches="random"),
+    "fixed_redraft": Mode(block=True, branches="fixed"),
+    "uniform_prefixes": Mode(block=True, branches="second", selection="uniform"),
 }
 assert set(MODES) == set(get_args(ModeName))

@@ -1,0 +1,260 @@
+"""The tree of the most valuable nodes that several sources propose (docs/method.md §4).
+
+A node's value is the probability that the target accepts it: the product of the probabilities along its path. It never rises
+from parent to child, so the n most valuable nodes are a tree. In the host's memory a queue finds them one by one, which is
+cheapest there. On a device, where a queue would wait for every node, the n best partial paths are kept depth by depth, and the
+n best of all at the end: as many operations on arrays as there are depths.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_numpy_namespace
+
+from decoding.engines import Array
+from decoding.prefix_tree import PrefixTree
+from decoding.sources import Source
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Trees of at most N nodes, most valuable first.
+
+    Attributes:
+        tree: the trees.
+        values: ``[B, N]`` f32, the probability that the target accepts each node; of the anchor 1, of a filler 0.
+        origins: ``[B, N]`` int64, who proposed it (``sources.ORIGINS``).
+    """
+
+    tree: PrefixTree
+    values: Array
+    origins: Array
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is proposed behind each of F paths: tokens, probabilities and origins, ``[B, F, W]``."""
+
+    tokens: Array
+    probabilities: Array
+    origins: Array
+
+
+def grow(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
+    """The trees of the most valuable nodes.
+
+    Args:
+        anchors: ``[B]`` int64. sources: one at least.
+        nodes: N, the anchor among them.
+    """
+    if is_numpy_namespace(array_namespace(anchors)):
+        return _by_queue(anchors, sources, nodes)
+    return _by_depth(anchors, sources, nodes)
+
+
+def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
+    grown = [_Queue(sources, b).take(int(anchor), nodes) for b, anchor in enumerate(anchors)]
+    counts = [len(nodes) for nodes in grown]
+    shape = (len(grown), max(counts))
+    tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    parents, values = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    mask = np.zeros((*shape, shape[1]), dtype=np.bool_)
+    for b, own in enumerate(grown):
+        n = len(own)
+        tokens[b, :n], parents[b, :n], depths[b, :n], values[b, :n], origins[b, :n] = zip(*own, strict=True)
+        for node, parent in enumerate(parents[b, :n].tolist()):
+            if node:
+                mask[b, node] = mask[b, parent]
+            mask[b, node, node] = True
+    return Grown(PrefixTree(tokens, parents, depths, mask, counts, int(depths.max())), values, origins)
+
+
+Option = tuple[float, int, int]  # probability, token, origin
+
+
+class _Queue:
+    """The paths behind which something is proposed for one sequence, the best proposal of each in a heap."""
+
+    def __init__(self, sources: Sequence[Source], b: int) -> None:
+        self.sources, self.b = sources, b
+        self.rows: dict[tuple[int, int], _Row] = {}
+        self.known: dict[tuple[int, ...], list[Option]] = {}
+
+    def take(self, anchor: int, nodes: int) -> list[tuple[int, int, int, float, int]]:
+        """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
+        taken = [(anchor, -1, 0, 1.0, 0)]
+        start = (0,) * len(self.sources)
+        heap = [(-p, 0, 0, start) for p, _, _ in self.options(start)[:1]]  # value, node, number of its option, states
+        while heap and len(taken) < nodes:
+            negative, parent, number, states = heap[0]
+            value, options = taken[parent][3], self.options(states)
+            if number + 1 < len(options):
+                heapq.heapreplace(heap, (-value * options[number + 1][0], parent, number + 1, states))
+            else:
+                heapq.heappop(heap)
+            _, token, origin = options[number]
+            node = len(taken)
+            taken.append((token, parent, taken[parent][2] + 1, -negative, origin))
+            states = tuple([self.row(j, state).after(token) for j, state in enumerate(states)])
+            for p, _, _ in self.options(states)[:1]:
+                heapq.heappush(heap, (negative * p, node, 0, states))
+        return taken
+
+    def row(self, source: int, state: int) -> "_Row":
+        if (source, state) not in self.rows:
+            self.rows[source, state] = _Row(self.sources[source], self.b, state)
+        return self.rows[source, state]
+
+    def options(self, states: tuple[int, ...]) -> list[Option]:
+        """What is proposed, likeliest first; joined as ``_joined`` does."""
+        if states not in self.known:
+            proposals = [row.options for j, state in enumerate(states) if (row := self.row(j, state)).options]
+            joined = proposals[0] if proposals else []
+            for other in proposals[1:]:
+                theirs = {token: (p, origin) for p, token, origin in joined}
+                both = []
+                for p, token, origin in other:
+                    q, by = theirs.pop(token, (0.0, 0))
+                    both.append((1 - (1 - p) * (1 - q), token, origin | by))
+                left = max(0.0, 1 - sum(p for p, _, _ in both))
+                joined = both + ([(p * left, token, origin) for token, (p, origin) in theirs.items()] if left else [])
+            self.known[states] = sorted(joined, key=_likelihood)
+        return self.known[states]
+
+
+class _Row:
+    """A state of a source."""
+
+    def __init__(self, source: Source, b: int, state: int) -> None:
+        self.source, self.spot = source, (b, state)
+        self.tokens: list[int] = source.tokens[self.spot].tolist()
+        proposed = zip(source.probabilities[self.spot].tolist(), self.tokens, source.origins[self.spot].tolist(), strict=True)
+        self.options: list[Option] = [option for option in proposed if option[0] > 0]
+
+    def after(self, token: int) -> int:
+        if token in self.tokens:
+            return int(self.source.after[self.spot][self.tokens.index(token)])
+        return int(self.source.otherwise[self.spot])
+
+
+def _likelihood(option: Option) -> float:
+    return -option[0]
+
+
+def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
+    xp = array_namespace(anchors)
+    batch = anchors.shape[0]
+    here = {"device": device(anchors)}
+    states = [xp.zeros((batch, 1), dtype=xp.int64, **here) for _ in sources]
+    value = xp.ones((batch, 1), dtype=xp.float32, **here)
+    tokens, parents, depths, values, origins = [anchors[:, None]], [states[0] - 1], [0], [value + 1], [states[0]]
+    start = 0  # the number of a depth's first node
+    for depth in range(1, max(source.height for source in sources) + 1):
+        options = _joined([_proposed(source, state) for source, state in zip(sources, states, strict=True)])
+        width = options.tokens.shape[2]
+        reached = xp.reshape(value[..., None] * options.probabilities, (batch, -1))
+        best = xp.argsort(-reached, axis=-1, stable=True)[:, : max(nodes - 1, 1)]
+        above = best // width
+        value, token, origin = (
+            _pick(x, best) for x in (reached, xp.reshape(options.tokens, (batch, -1)), xp.reshape(options.origins, (batch, -1)))
+        )
+        states = [_next(source, _pick(state, above), token) for source, state in zip(sources, states, strict=True)]
+        tokens.append(token)
+        parents.append(above + start)
+        depths.append(depth)
+        values.append(value)
+        origins.append(origin)
+        start += parents[-2].shape[1]
+    return _chosen(tokens, parents, depths, values, origins, nodes)
+
+
+def _chosen(
+    tokens: list[Array], parents: list[Array], depths: list[int], values: list[Array], origins: list[Array], nodes: int
+) -> Grown:
+    """The best of all nodes that were kept at some depth, as a tree."""
+    xp = array_namespace(tokens[0])
+    batch = tokens[0].shape[0]
+    here = {"device": device(tokens[0])}
+    value = xp.concat(values, axis=1)
+    order = xp.argsort(-value, axis=-1, stable=True)  # stable: of equals the parent first
+    number = xp.argsort(order, axis=-1)  # of each node, once it is sorted
+    order = order[:, :nodes]
+    value = _pick(value, order)
+    real = value > 0
+    depth = xp.concat(
+        [xp.full((1, x.shape[1]), d, dtype=xp.int64, **here) for x, d in zip(tokens, depths, strict=True)], axis=1
+    )
+    parent = _pick(xp.concat(parents, axis=1), order)
+    parent = xp.where(real & (parent >= 0), _pick(number, xp.where(parent < 0, 0, parent)), -1)
+    places = xp.arange(order.shape[1], dtype=xp.int64, **here)
+    # Ancestors by squaring: of 1 step, of up to 3, of up to 7, …
+    path = xp.astype((parent[..., None] == places) | (places[:, None] == places), xp.float32)
+    for _ in range(max(depths).bit_length()):
+        path = xp.astype(xp.matmul(path, path) > 0, xp.float32)
+    mask = (path > 0) & real[..., None]
+    height = max(depths)
+    tree = PrefixTree(
+        tokens=xp.where(real, _pick(xp.concat(tokens, axis=1), order), 0),
+        parents=parent,
+        depths=xp.where(real, _pick(depth, order), 0),
+        mask=mask,
+        counts=[order.shape[1]] * batch,
+        height=height,
+    )
+    return Grown(tree, xp.where(value > 1, 1.0, value), xp.where(real, _pick(xp.concat(origins, axis=1), order), 0))
+
+
+def _proposed(source: Source, states: Array) -> Options:
+    """What a source proposes in the states ``[B, F]``."""
+    rows = _rows(source, states)
+    return Options(*(_gathered(x, rows, states) for x in (source.tokens, source.probabilities, source.origins)))
+
+
+def _next(source: Source, states: Array, tokens: Array) -> Array:
+    """The states ``[B, F]`` behind one token of each path."""
+    xp = array_namespace(states)
+    rows = _rows(source, states)
+    own = _gathered(source.tokens, rows, states) == tokens[..., None]
+    after = xp.max(xp.where(own, _gathered(source.after, rows, states), -1), axis=-1)
+    return xp.where(after < 0, xp.reshape(xp.take(xp.reshape(source.otherwise, (-1,)), rows), states.shape), after)
+
+
+def _joined(proposals: Sequence[Options]) -> Options:
+    """One set of options from several: what two propose is likelier than either says, and what one proposes leaves less for
+    what only others do."""
+    xp = array_namespace(proposals[0].tokens)
+    joined = proposals[0]
+    for other in proposals[1:]:
+        same = other.tokens[..., :, None] == joined.tokens[..., None, :]
+        theirs = xp.sum(xp.where(same, joined.probabilities[..., None, :], 0.0), axis=-1)
+        both = 1 - (1 - other.probabilities) * (1 - theirs)
+        left = 1 - xp.sum(both, axis=-1, keepdims=True)
+        left = xp.where(left < 0, 0.0, left)
+        alone = xp.where(xp.any(same, axis=-2), 0.0, joined.probabilities * left)
+        origins = other.origins + xp.sum(xp.where(same, joined.origins[..., None, :], 0), axis=-1)
+        joined = Options(
+            xp.concat([other.tokens, joined.tokens], axis=-1),
+            xp.concat([both, alone], axis=-1),
+            xp.concat([origins, joined.origins], axis=-1),
+        )
+    return joined
+
+
+def _pick(x: Array, index: Array) -> Array:
+    return array_namespace(x).take_along_axis(x, index, axis=1)
+
+
+def _rows(source: Source, states: Array) -> Array:
+    """The states, numbered through the batch, ``[B·F]``."""
+    xp = array_namespace(states)
+    batch, size = source.otherwise.shape
+    base = xp.arange(batch, dtype=xp.int64, device=device(states)) * size
+    return xp.reshape(base[:, None] + states, (-1,))
+
+
+def _gathered(table: Array, rows: Array, states: Array) -> Array:
+    """Rows of a table ``[B, S, A]``, ``[B, F, A]``."""
+    xp = array_namespace(table)
+    return xp.reshape(xp.take(xp.reshape(table, (-1, table.shape[2])), rows, axis=0), (*states.shape, table.shape[2]))

@@ -1,0 +1,190 @@
+"""The text as a source: what followed the longest earlier match of its last tokens (docs/method.md §4)."""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from decoding.sequence import Sequence
+from decoding.sources import TEXT, Source
+
+SIZES = (4, 3, 2)  # tokens of a match that is looked up; a longer one is found by growing it
+PLACES = 4  # latest ends of each n-gram that are remembered
+LONGEST = 20  # tokens of a match, from which on all are alike
+CONTINUATIONS = 2
+HEIGHT = 16  # tokens of a continuation
+
+# How often a continuation's next token was right, by the tokens matched before it, the continuation's own among them: seen on
+# answers of the demo's target to training prompts. Below: for a second continuation, by the tokens since it left the first.
+SEEN = (
+    0.2,
+    0.3,
+    0.54,
+    0.65,
+    0.7,
+    0.75,
+    0.79,
+    0.81,
+    0.83,
+    0.84,
+    0.85,
+    0.86,
+    0.87,
+    0.87,
+    0.88,
+    0.89,
+    0.9,
+    0.91,
+    0.92,
+    0.94,
+    0.98,
+)
+SEEN_SECOND = (0.16, 0.28, 0.35, 0.43, 0.48, 0.52, 0.56, 0.6, 0.62, 0.64, 0.66, *[0.7] * 10)
+assert len(SEEN) == len(SEEN_SECOND) == LONGEST + 1
+WEIGHT = 50.0  # observations that these count for
+OWN_WEIGHT = 8.0  # observations of one text that those of all texts count for
+MEMORY = 2000.0  # observations that are remembered, about; older ones fade
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What followed an earlier match.
+
+    Attributes:
+        tokens: ``HEIGHT``. match: tokens that it matches. left: its tokens that an earlier continuation says too; None if there
+            is no earlier one.
+    """
+
+    tokens: list[int]
+    match: int
+    left: int | None
+
+    def rate(self, depth: int) -> tuple[int, int]:
+        """Which hit rate (row, column of ``Hits``) token ``depth`` = 0 … has."""
+        if self.left is None:
+            return 0, min(self.match + depth, LONGEST)
+        return 1, min(depth - self.left, LONGEST)
+
+
+@dataclass
+class Hits:
+    """How often continuations were right: of how many tokens, ``[2, LONGEST + 1]`` f64 (``Continuation.rate``)."""
+
+    right: np.ndarray = field(default_factory=lambda: np.zeros((2, LONGEST + 1)))
+    tried: np.ndarray = field(default_factory=lambda: np.zeros((2, LONGEST + 1)))
+
+    def learn(self, continuations: Many[Continuation], said: Many[int]) -> None:
+        """Compare continuations with what the target said."""
+        for continuation in continuations:
+            for depth, (token, truth) in enumerate(zip(continuation.tokens, said, strict=False)):
+                if depth >= (continuation.left or 0):
+                    spot = continuation.rate(depth)
+                    if self.tried[spot] >= MEMORY:
+                        self.tried[spot] /= 2
+                        self.right[spot] /= 2
+                    self.tried[spot] += 1
+                    self.right[spot] += token == truth
+                if token != truth:
+                    break
+
+
+class Text:
+    """The texts of all open sequences, and what their repetitions have been worth."""
+
+    def __init__(self) -> None:
+        self.hits = Hits(WEIGHT * np.array([SEEN, SEEN_SECOND]), np.full((2, LONGEST + 1), WEIGHT))
+        self.open: dict[Sequence, tuple[TextIndex, Hits]] = {}
+        self.proposed: dict[Sequence, list[Continuation]] = {}
+
+    def close(self, sequence: Sequence) -> None:
+        self.open.pop(sequence, None)
+        self.proposed.pop(sequence, None)
+
+    def reset(self) -> None:
+        self.open.clear()
+        self.proposed.clear()
+
+    def propose(self, sequences: Many[Sequence]) -> Source:
+        """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes."""
+        states = 2 + CONTINUATIONS * HEIGHT  # the anchor, the end, and a node for each token
+        shape = (len(sequences), states, CONTINUATIONS)
+        tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)
+        probabilities = np.zeros(shape, dtype=np.float32)
+        for b, sequence in enumerate(sequences):
+            if sequence not in self.open:
+                self.open[sequence] = (TextIndex(sequence.tokens), Hits())
+            index, own = self.open[sequence]
+            self.proposed[sequence] = index.lookup()
+            node = 2
+            for option, continuation in enumerate(self.proposed[sequence]):
+                state = 0
+                for depth, token in enumerate(continuation.tokens):
+                    if depth < (continuation.left or 0):
+                        state = int(after[b, state, 0])
+                        continue
+                    where = (b, state, option if depth == continuation.left else 0)
+                    tokens[where], after[where], probabilities[where] = token, node, self._rate(own, continuation.rate(depth))
+                    state, node = node, node + 1
+        # Two continuations together can't be likelier than certain.
+        probabilities /= np.maximum(probabilities.sum(-1, keepdims=True), 1)
+        otherwise = np.ones(shape[:2], dtype=np.int64)
+        return Source(tokens, probabilities, after, otherwise, np.full(shape, TEXT, dtype=np.int64), HEIGHT)
+
+    def learn(self, sequence: Sequence, said: Many[int]) -> None:
+        """Take note of what the target said behind the anchor of the last proposal."""
+        continuations = self.proposed.pop(sequence, ())
+        for hits in (self.hits, self.open[sequence][1]) if continuations else ():
+            hits.learn(continuations, said)
+
+    def _rate(self, own: Hits, spot: tuple[int, int]) -> float:
+        everywhere = self.hits.right[spot] / self.hits.tried[spot]
+        return float((own.right[spot] + OWN_WEIGHT * everywhere) / (own.tried[spot] + OWN_WEIGHT))
+
+
+class TextIndex:
+    """The n-grams of a growing text, each with the places where it ended last. Constant time a token and a lookup."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        """tokens: of the text; their owner goes on appending to them."""
+        self.tokens = tokens
+        self.indexed = 1
+        self.ends: dict[tuple[int, ...], list[int]] = {}
+
+    def lookup(self) -> list[Continuation]:
+        """What followed the longest earlier matches of the last tokens, longest and then latest first."""
+        self._extend()
+        tokens, count = self.tokens, len(self.tokens)
+        found: list[Continuation] = []
+        for size in SIZES:
+            matches = []
+            for end in reversed(self.ends.get(tuple(tokens[-size:]), ())):
+                match = size
+                while match < min(LONGEST, end) and tokens[end - match - 1] == tokens[-match - 1]:
+                    match += 1
+                matches.append((-match, -end))
+            for match, end in sorted(matches):
+                # A match that reaches into its own continuation is a loop, and goes on as one.
+                following = [tokens[i % (count + end) - end] for i in range(HEIGHT)]
+                left = max((_common(following, other.tokens) for other in found), default=None)
+                if left != HEIGHT:
+                    found.append(Continuation(following, -match, left))
+                if len(found) == CONTINUATIONS:
+                    return found
+        return found
+
+    def _extend(self) -> None:
+        """Take in the n-grams that something follows."""
+        tokens = self.tokens
+        for end in range(self.indexed, len(tokens)):
+            for size in SIZES:
+                if end >= size:
+                    ends = self.ends.setdefault(tuple(tokens[end - size : end]), [])
+                    ends.append(end)
+                    if len(ends) > PLACES:
+                        del ends[0]
+        self.indexed = max(self.indexed, len(tokens))
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Tokens that two lists of one length begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
