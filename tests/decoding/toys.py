@@ -71,7 +71,7 @@ class ToyTarget(ToySequences):
         self.vocabulary, self.ragged = vocabulary, ragged
         self.calls: list[int] = []  # rows of each
 
-    def forward(self, sequences, token_ids, positions, mask, counts):
+    def forward(self, sequences, token_ids, positions, mask, counts, silent=0):
         batch, n = token_ids.shape
         assert len(set(sequences)) == len(sequences) == batch == len(counts)
         assert positions.shape == (batch, n)
