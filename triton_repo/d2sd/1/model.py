@@ -1,4 +1,4 @@
-"""Token ids → the target's answer, a cycle at a time: the engines, and the loop that runs them."""
+"""Token ids → the target's answer as text, a cycle at a time: the engines, and the loop that runs them."""
 
 import queue
 import threading
@@ -28,9 +28,21 @@ class Request:
 
     sequence: Sequence
     sender: Any
+    id: str
     stream: bool
-    stop_words: list[str]
-    shown: int = field(default=0)  # tokens that the client has
+    text: text.Growing
+    stops: bool  # whether stop words can end it
+    read: int = field(default=0)  # tokens of the answer that are text
+    unsent: str = field(default="")  # text that the client does not have yet
+    sent: int = field(default=0)  # tokens that it has
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A request to end the requests of an id."""
+
+    id: str
+    sender: Any
 
 
 class TritonPythonModel:
@@ -52,12 +64,12 @@ class TritonPythonModel:
             selection=options["selection"],
             redraft=options["redraft"],
         )
-        self.tokenizer = Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json"))
+        self.text = text.Vocabulary(Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json")))
         self.scheduler = Scheduler(decoder, self.limits["sequences"], options["mode"])
         self._warm_up()
         self.metrics = Metrics()
         self.requests: dict[Sequence, Request] = {}
-        self.inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Request | Stop | None] = queue.SimpleQueue()
         self.loop = threading.Thread(target=self._loop, name="d2sd")
         self.loop.start()
 
@@ -77,14 +89,22 @@ class TritonPythonModel:
             try:
                 self.inbox.put(self._read(request, sender))
             except ValueError as error:
-                sender.send(pb_utils.InferenceResponse(error=tensors.invalid(error)), flags=FINAL)
+                _send(sender, pb_utils.InferenceResponse(error=tensors.invalid(error)), final=True)
+            except Exception as error:  # whatever it is, it is this request's alone
+                pb_utils.Logger.log_error(f"d2sd: a request could not be read: {error!r}")
+                message = pb_utils.TritonError(f"the request could not be read: {error}")
+                _send(sender, pb_utils.InferenceResponse(error=message), final=True)
 
-    def _read(self, request: Any, sender: Any) -> Request:
+    def _read(self, request: Any, sender: Any) -> Request | Stop:
         """Check a request.
 
         Raises:
             ValueError: naming the input, what was found and what is allowed.
         """
+        if tensors.scalar(request, "stop", False):
+            if not request.request_id():
+                raise ValueError("stop: found in a request without an id, allowed: with the id of what is to end")
+            return Stop(request.request_id(), sender)
         prompt = tensors.integers(request, "input_ids")
         if bad := [token for token in prompt if not 0 <= token < self.vocabulary]:
             raise ValueError(f"input_ids: found {bad[0]}, allowed: 0 to {self.vocabulary - 1}")
@@ -101,16 +121,14 @@ class TritonPythonModel:
         mode = tensors.scalar(request, "mode")
         if mode is not None and mode not in self.modes:
             raise ValueError(f"mode: found {mode!r}, allowed: {', '.join(self.modes)}")
-        end_id = tensors.scalar(request, "end_id")
-        sequence = Sequence(
-            prompt,
-            max_tokens,
-            _sampling(request),
-            frozenset(self.end_ids if end_id is None or end_id < 0 else [end_id]),
-            mode,
-        )
-        stream = bool(tensors.scalar(request, "stream", False))
-        return Request(sequence, sender, stream, tensors.strings(request, "stop_words"))
+        end_id = tensors.scalar(request, "end_id", -1)
+        if not -1 <= end_id < self.vocabulary:
+            raise ValueError(f"end_id: found {end_id}, allowed: -1 (the target's own) to {self.vocabulary - 1}")
+        ends = frozenset(self.end_ids if end_id < 0 else [end_id])
+        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode)
+        words = tensors.strings(request, "stop_words")
+        growing = text.Growing(self.text, text.StopWords(words) if words else None)
+        return Request(sequence, sender, request.request_id(), bool(tensors.scalar(request, "stream", False)), growing, bool(words))
 
     def _loop(self) -> None:
         while True:
@@ -132,35 +150,46 @@ class TritonPythonModel:
             request = self.inbox.get()
             if request is None:
                 return False
+            if isinstance(request, Stop):
+                self._stop(request)
+                continue
             self.requests[request.sequence] = request
             self.scheduler.add(request.sequence)
             wait = False
         return True
 
+    def _stop(self, stop: Stop) -> None:
+        """End the requests of an id, and say whether there were any."""
+        named = [request for request in self.requests.values() if request.id == stop.id]
+        for request in named:
+            self._drop(request.sequence, "cancelled")
+            self._respond(request)
+        _send(stop.sender, _response(finish_reason="cancelled" if named else ""), final=True)
+
     def _respond(self, request: Request) -> None:
         """Send what a cycle added to an answer, and end it at a stop word or when its client has gone."""
         sequence = request.sequence
-        if request.stop_words and text.shown(self.tokenizer, sequence.answer, request.stop_words, final=True)[1]:
-            self._drop(sequence, "stop")
-        elif not sequence.finish and request.sender.is_cancelled():
+        if not sequence.finish and request.sender.is_cancelled():
             self._drop(sequence, "cancelled")
-        final = sequence.finish is not None
-        if request.stream or final:
+        piece = ""
+        if request.stream or request.stops or sequence.finish:
             answer = sequence.answer
-            response = pb_utils.InferenceResponse(
-                [
-                    tensors.output("output_ids", answer, np.int32),
-                    tensors.output("shown_ids", [request.shown], np.int32),
-                    tensors.output("final", [final], np.bool_),
-                    tensors.texts("stop_words", request.stop_words or [""]),
-                    tensors.output("output_tokens", [len(answer)], np.int32),
-                    tensors.output("cycles", [sequence.cycles], np.int32),
-                    tensors.texts("finish_reason", [sequence.finish or ""]),
-                ]
+            new = answer[request.read :]
+            request.read = len(answer)
+            # The token that ends an answer is no text, though a stop word may read like it.
+            piece = request.text.add(new[:-1] if sequence.finish == "end" else new, final=sequence.finish is not None)
+            if request.text.stopped:
+                self._drop(sequence, "stop")
+        request.unsent += piece
+        if request.stream or sequence.finish:
+            count = request.text.tokens + (sequence.finish == "end")
+            response = _response(
+                request.unsent, answer[request.sent : count], count, sequence.cycles, finish_reason=sequence.finish or ""
             )
-            request.sender.send(response, flags=FINAL if final else 0)
-            request.shown = len(answer)
-        if final:
+            request.unsent, request.sent = "", count
+            if not _send(request.sender, response, final=sequence.finish is not None):
+                self._drop(sequence, "cancelled")
+        if sequence.finish:
             del self.requests[sequence]
 
     def _drop(self, sequence: Sequence, why: Any) -> None:
@@ -173,13 +202,35 @@ class TritonPythonModel:
         """Answer every request at hand with an error and start afresh."""
         for request in self.requests.values():
             message = f"the engine failed: {error}"
-            request.sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), flags=FINAL)
+            _send(request.sender, pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), final=True)
         self.requests.clear()
         self.scheduler.reset()
 
     def finalize(self) -> None:
         self.inbox.put(None)
         self.loop.join()
+
+
+def _send(sender: Any, response: Any, final: bool) -> bool:
+    """Send a response. False if that failed, which concerns its request alone."""
+    try:
+        sender.send(response, flags=FINAL if final else 0)
+    except Exception as error:
+        pb_utils.Logger.log_warn(f"d2sd: a response could not be sent: {error}")
+        return False
+    return True
+
+
+def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, *, finish_reason: str) -> Any:
+    return pb_utils.InferenceResponse(
+        [
+            tensors.texts("text_output", [piece]),
+            tensors.output("output_ids", ids, np.int32),
+            tensors.output("output_tokens", [tokens], np.int32),
+            tensors.output("cycles", [cycles], np.int32),
+            tensors.texts("finish_reason", [finish_reason]),
+        ]
+    )
 
 
 def _sampling(request: Any) -> Sampling:
