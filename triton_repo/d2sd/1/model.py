@@ -47,7 +47,7 @@ class Stop:
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.build = BuildDirectory.open(Path(args["model_repository"]).parent.parent)
+        self.build = BuildDirectory.open(Path(args["model_repository"]).resolve().parent.parent)
         manifest = self.build.manifest
         self.limits, self.end_ids = manifest["limits"], manifest["end_ids"]
         options = manifest["decoding"]
@@ -128,7 +128,9 @@ class TritonPythonModel:
         sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode)
         words = tensors.strings(request, "stop_words")
         growing = text.Growing(self.text, text.StopWords(words) if words else None)
-        return Request(sequence, sender, request.request_id(), bool(tensors.scalar(request, "stream", False)), growing, bool(words))
+        return Request(
+            sequence, sender, request.request_id(), bool(tensors.scalar(request, "stream", False)), growing, bool(words)
+        )
 
     def _loop(self) -> None:
         while True:
