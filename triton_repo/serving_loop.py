@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from decoding.scheduler import Scheduler
@@ -32,6 +33,14 @@ class Stopped(RuntimeError):
     """The service ends."""
 
 
+@dataclass(frozen=True)
+class Stop:
+    """The wish to end the requests of an id, as if their clients had left. told: called with how many there were."""
+
+    id: str
+    told: Callable[[int], None]
+
+
 class ServingLoop:
     """Takes requests in from any thread and answers them in one of its own.
 
@@ -50,19 +59,15 @@ class ServingLoop:
     ) -> None:
         self.scheduler, self._watch, self._log, self._give_up = scheduler, watch, log, give_up
         self.requests: dict[Sequence, Request] = {}
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Stop | None] = queue.SimpleQueue()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="d2sd")
 
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, request: Request) -> None:
+    def put(self, request: Request | Stop) -> None:
         self._inbox.put(request)
-
-    def stop(self, id: str) -> None:
-        """End the requests of an id, as if their clients had left."""
-        self._inbox.put(id)
 
     def close(self) -> None:
         """End the loop within a cycle. Requests that are not answered yet fail."""
@@ -95,10 +100,8 @@ class ServingLoop:
             arrived = self._inbox.get()
             if arrived is None:
                 return False
-            if isinstance(arrived, str):
-                for request in self.requests.values():
-                    if request.id == arrived and not request.sequence.finish:
-                        self.scheduler.drop(request.sequence, "cancelled")
+            if isinstance(arrived, Stop):
+                self._stop(arrived)
                 continue
             try:
                 self.scheduler.add(arrived.sequence)
@@ -108,6 +111,15 @@ class ServingLoop:
             self.requests[arrived.sequence] = arrived
             wait = False
         return True
+
+    def _stop(self, stop: Stop) -> None:
+        named = [r for r in self.requests.values() if r.id == stop.id and not r.sequence.finish]
+        for request in named:
+            self.scheduler.drop(request.sequence, "cancelled")
+        try:
+            stop.told(len(named))
+        except Exception as error:
+            self._log(f"request {stop.id!r}: cannot be told that it ended others: {error!r}")
 
     def _let_go(self) -> None:
         """Drop the requests whose clients have left, whether they are answered already or wait."""

@@ -8,7 +8,7 @@ import pytest
 from decoding.scheduler import Full, Scheduler
 from decoding.sequence import Sequence
 from tests.decoding.paced import Costs, Decoder
-from triton_repo.serving_loop import GIVE_UP, ServingLoop, Stopped
+from triton_repo.serving_loop import GIVE_UP, ServingLoop, Stop, Stopped
 
 
 class Request:
@@ -113,10 +113,14 @@ def test_a_request_is_stopped_by_its_id(serve):
     one, other, unnamed = Request("one", count=10_000), Request("other", count=60), Request(count=60)
     for request in (one, other, unnamed):
         loop.put(request)
-    loop.stop("one")
-    loop.stop("nobody")
+    told = queue.Queue()
+    loop.put(Stop("one", told.put))
+    loop.put(Stop("nobody", told.put))
+    loop.put(Stop("one", None))  # whose own client has left
+    assert (told.get(timeout=10), told.get(timeout=10)) == (1, 0)
     assert [request.end() for request in (one, other, unnamed)] == ["cancelled", "length", "length"]
     idle(loop)
+    assert len(loop.said) == 1
 
 
 def test_a_deadline_ends_an_answer_with_what_it_has(serve):
