@@ -93,7 +93,7 @@ class EngineSection(Section):
 class LimitsSection(Section):
     sequences: int = Field(16, ge=1, le=256, description="decoded together, at most; memory may hold fewer")
     kv_memory: float | None = Field(
-        None, gt=0, description="GiB for the K/V of all sequences; left out: half of what is free when the server starts"
+        None, gt=0, description="GiB for the K/V of all sequences; left out: what they can need, up to half of what is free"
     )
     waiting: int = Field(64, ge=0, le=65536, description="requests that may wait for a place; the next is refused, UNAVAILABLE")
     deadline: float = Field(300.0, gt=0, description="seconds after its arrival when an answer ends with what it has")
