@@ -33,7 +33,7 @@ class Decoder:
         vocabulary: V, from which ``random_redraft`` draws.
 
     Attributes:
-        rows: tokens that the last cycle verified, pieces of prompts aside.
+        verified: tokens of the last cycle, pieces of prompts aside.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Decoder:
     ) -> None:
         self.target = target
         self.numbers: dict[Sequence, int] = {}
-        self.rows = 0
+        self.verified = 0
         self.drafting = Drafting(
             target,
             Follower(first, target, self.numbers, block_size) if first else None,
@@ -105,7 +105,7 @@ class Decoder:
         if not sequences:
             return []
         tree = self.drafting.trees(sequences)
-        self.rows = sum(tree.counts)
+        self.verified = sum(tree.counts)
         rows = [*sequences, *(s for s, _ in pieces)]
         verified = self.run(rows, [tree, *self._chains(pieces)], len(pieces))
         committed, kept = [], []

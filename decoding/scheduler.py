@@ -75,7 +75,7 @@ class Scheduler:
         answering = self._answering()
         committed = self.decoder.cycle(answering, pieces)
         if answering:
-            self._rows = max(1.0, self.decoder.rows / len(answering))
+            self._rows = max(1.0, self.decoder.verified / len(answering))
         return list(zip(answering, committed, strict=True))
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from decoding.scheduler import Full
-from decoding.sequence import Sequence
+from decoding.sequence import Finish, Sequence
 from triton_repo import tensors, text
 from triton_repo.serving_loop import Stopped
 
@@ -17,43 +17,48 @@ BUSY = (Full, Stopped, TimeoutError)  # another moment, or another server, may d
 
 @dataclass(eq=False)
 class Answer:
-    """A request of the serving loop, answered through a Triton sender."""
+    """A request of the serving loop, answered through a Triton sender.
+
+    Attributes:
+        stream: whether its client wants pieces. stops: whether stop words can end it.
+    """
 
     id: str
     sequence: Sequence
     sender: Any
     stream: bool
     text: text.Growing
-    stops: bool  # whether stop words can end it
-    read: int = field(default=0)  # tokens of the answer that are text
+    stops: bool
+    unread: list[int] = field(default_factory=list)  # tokens that are not text yet
     unsent: str = field(default="")  # text that the client does not have yet
-    sent: int = field(default=0)  # tokens that it has
+    unsent_ids: list[int] = field(default_factory=list)
 
     def has_left(self) -> bool:
         return bool(self.sender.is_cancelled())
 
-    def respond(self) -> None:
+    def respond(self, tokens: list[int], cycles: int, finish: Finish | None) -> bool:
         """Send what there is beyond the last response, if it is streamed or ended; a stop word ends it.
 
         Raises:
             TimeoutError: its time ran out before its first token.
         """
-        sequence, answer = self.sequence, self.sequence.answer
-        if sequence.finish == "timeout" and not answer:
+        if finish == "timeout" and not tokens and not self.text.tokens and not self.unread:
             raise TimeoutError("timeout: found no place for this request in its time; try again later")
-        if self.stream or self.stops or sequence.finish:
-            new = answer[self.read :]
-            self.read = len(answer)
+        self.unread += tokens
+        if self.stream or self.stops or finish:
+            before, new = self.text.tokens, self.unread
             # The token that ends an answer is no text, though a stop word may read like it.
-            self.unsent += self.text.add(new[:-1] if sequence.finish == "end" else new, final=sequence.finish is not None)
+            self.unsent += self.text.add(new[:-1] if finish == "end" else new, final=finish is not None)
             if self.text.stopped:
-                sequence.finish = "stop"
-        if self.stream or sequence.finish:
-            count = self.text.tokens + (sequence.finish == "end")
-            finish = sequence.finish or ""
-            response = _response(self.unsent, answer[self.sent : count], count, sequence.cycles, finish_reason=finish)
-            self.unsent, self.sent = "", count
-            self.sender.send(response, flags=FINAL if finish else 0)
+                finish = "stop"
+            count = self.text.tokens + (finish == "end")
+            self.unsent_ids += new[: count - before]
+            self.unread = []
+            if self.stream or finish:
+                response = _response(self.unsent, self.unsent_ids, count, cycles, finish_reason=finish or "")
+                self.unsent, self.unsent_ids = "", []
+                self.sender.send(response, flags=FINAL if finish else 0)
+        return finish is not None
 
     def fail(self, error: Exception) -> None:
         refuse(self.sender, error)

@@ -4,29 +4,13 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
+from triton_repo.outbox import Outbox, Request
 
 Advanced = list[tuple[Sequence, list[int]]]
 GIVE_UP = 3  # failing cycles in a row: no engine works that way again by itself
-
-
-class Request(Protocol):
-    """A request while it is answered. Whatever its methods raise ends this request and no other."""
-
-    id: str
-    sequence: Sequence
-
-    def has_left(self) -> bool:
-        """Whether its client has."""
-
-    def respond(self) -> None:
-        """Send what the answer has more than was sent; the last time its sequence has a ``finish``, which may be set here."""
-
-    def fail(self, error: Exception) -> None:
-        """Send that there will be no answer, or no more of it."""
 
 
 class Stopped(RuntimeError):
@@ -41,8 +25,15 @@ class Stop:
     told: Callable[[int], None]
 
 
+@dataclass(frozen=True)
+class Done:
+    """A request whose client has all that it will get."""
+
+    request: Request
+
+
 class ServingLoop:
-    """Takes requests in from any thread and answers them in one of its own.
+    """Takes requests in from any thread and answers them in its own two.
 
     Args:
         watch: called once a cycle with what it advanced.
@@ -59,11 +50,13 @@ class ServingLoop:
     ) -> None:
         self.scheduler, self._watch, self._log, self._give_up = scheduler, watch, log, give_up
         self.requests: dict[Sequence, Request] = {}
-        self._inbox: queue.SimpleQueue[Request | Stop | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Stop | Done | None] = queue.SimpleQueue()
+        self._outbox = Outbox(lambda request: self._inbox.put(Done(request)), log)
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="d2sd")
 
     def start(self) -> None:
+        self._outbox.start()
         self._thread.start()
 
     def put(self, request: Request | Stop) -> None:
@@ -73,6 +66,7 @@ class ServingLoop:
         """End the loop within a cycle. Requests that are not answered yet fail."""
         self._inbox.put(None)
         self._thread.join()
+        self._outbox.close()
 
     def _run(self) -> None:
         while self._take_in(wait=not self.scheduler):
@@ -81,18 +75,19 @@ class ServingLoop:
                 advanced = self.scheduler.step()
             except Exception as error:
                 self._recover(error)
+                if self._failures >= GIVE_UP:
+                    self._outbox.close()
+                    self._give_up()
+                    return
                 continue
             self._failures = 0
-            for sequence, _ in advanced:
-                self._respond(self.requests[sequence])
-            for request in [r for r in self.requests.values() if r.sequence.finish]:  # past their deadlines
-                self._respond(request)
+            self._hand_out(advanced)
             try:
                 self._watch(advanced)
             except Exception as error:
                 self._log(f"a cycle cannot be counted: {error!r}")
-        for request in list(self.requests.values()):
-            self._fail(request, Stopped("the service ends"))
+        for sequence in list(self.requests):
+            self._fail(sequence, Stopped("the service ends"))
 
     def _take_in(self, wait: bool) -> bool:
         """Hand what has arrived to the scheduler; sleep if there is nothing else to do. False: the service ends."""
@@ -102,20 +97,21 @@ class ServingLoop:
                 return False
             if isinstance(arrived, Stop):
                 self._stop(arrived)
-                continue
-            try:
-                self.scheduler.add(arrived.sequence)
-            except Exception as error:  # no room to wait
-                self._fail(arrived, error)
-                continue
-            self.requests[arrived.sequence] = arrived
-            wait = False
+            elif isinstance(arrived, Done):
+                self._drop(arrived.request)
+            else:
+                self.requests[arrived.sequence] = arrived
+                try:
+                    self.scheduler.add(arrived.sequence)
+                    wait = False
+                except Exception as error:  # too many wait
+                    self._fail(arrived.sequence, error)
         return True
 
     def _stop(self, stop: Stop) -> None:
-        named = [r for r in self.requests.values() if r.id == stop.id and not r.sequence.finish]
+        named = [request for request in self.requests.values() if request.id == stop.id]
         for request in named:
-            self.scheduler.drop(request.sequence, "cancelled")
+            self._drop(request)
         try:
             stop.told(len(named))
         except Exception as error:
@@ -123,48 +119,42 @@ class ServingLoop:
 
     def _let_go(self) -> None:
         """Drop the requests whose clients have left, whether they are answered already or wait."""
-        for request in list(self.requests.values()):
+        for sequence, request in list(self.requests.items()):
             try:
-                left = request.has_left()
+                if request.has_left():
+                    self._drop(request)
             except Exception as error:
-                self._fail(request, error)
-                continue
-            if left and not request.sequence.finish:
-                self.scheduler.drop(request.sequence, "cancelled")
+                self._fail(sequence, error)
 
-    def _respond(self, request: Request) -> None:
-        try:
-            request.respond()
-        except Exception as error:
-            self._fail(request, error)
-            return
-        if request.sequence.finish:
-            self.requests.pop(request.sequence, None)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        """End a request with an error, if it can still be told."""
-        self.requests.pop(request.sequence, None)
+    def _drop(self, request: Request) -> None:
         if not request.sequence.finish:
             self.scheduler.drop(request.sequence, "cancelled")
-        try:
-            request.fail(error)
-        except Exception as another:
-            self._log(f"request {request.id!r}: cannot be told of {error!r}: {another!r}")
+
+    def _hand_out(self, advanced: Advanced) -> None:
+        """Give each request what a cycle made of it; those that have ended leave."""
+        new = dict(advanced)
+        for sequence, request in list(self.requests.items()):
+            if sequence in new or sequence.finish:
+                self._outbox.put(request, new.get(sequence, []), sequence.finish)
+            if sequence.finish:
+                del self.requests[sequence]
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        request = self.requests.pop(sequence)
+        self._drop(request)
+        self._outbox.put(request, [], error)
 
     def _recover(self, error: Exception) -> None:
         """A cycle failed: what was running is lost, what waits is not."""
         self._log(f"a cycle failed: {error!r}")
         self._failures += 1
-        lost = list(self.scheduler.running)
+        lost = set(self.scheduler.running)
         try:
             self.scheduler.reset()
         except Exception as another:
             self._log(f"the engines cannot be reset: {another!r}")
             self._failures = GIVE_UP
-        if self._failures >= GIVE_UP:
-            lost = list(self.requests)
-        for sequence in lost:
-            if sequence in self.requests:
-                self._fail(self.requests[sequence], RuntimeError(f"the engine failed: {error}"))
-        if self._failures >= GIVE_UP:
-            self._give_up()
+        for sequence in list(self.requests):
+            if sequence in lost or self._failures >= GIVE_UP:
+                self._fail(sequence, RuntimeError(f"the engine failed: {error}"))
+        self._hand_out([])

@@ -24,7 +24,7 @@ class Decoder:
         self.memory, self.knows, self.verifies, self.breaks = memory, knows, verifies, breaks
         self.target = Engine(ragged)
         self.held: dict[Sequence, int] = {}
-        self.rows = 0
+        self.verified = 0
         self.log: list[tuple[list[Sequence], list[tuple[Sequence, int]]]] = []
 
     def room(self, sequence):
@@ -50,7 +50,7 @@ class Decoder:
         assert all(s in self.held and not s.finish and 0 < n <= s.position - s.computed for s, n in pieces)
         assert len({*sequences, *(s for s, _ in pieces)}) == len(sequences) + len(pieces) > 0
         self.log.append((list(sequences), list(pieces)))
-        self.rows = self.verifies * len(sequences)
+        self.verified = self.verifies * len(sequences)
         for sequence, count in pieces:
             sequence.computed += count
         for sequence in sequences:

@@ -1,6 +1,7 @@
 """The loop without Triton: who is answered, who is told of what, and that nobody else notices."""
 
 import queue
+import threading
 import time
 
 import pytest
@@ -15,11 +16,11 @@ class Request:
     """Notes what it sends.
 
     Args:
-        left: its client has left after so many tokens. raises: the methods that fail.
+        left: its client has left after so many tokens. stops: it ends itself after so many. raises: the methods that fail.
     """
 
-    def __init__(self, id="", length=3, count=5, left=None, raises=(), deadline=float("inf")):
-        self.id, self.left, self.raises = id, left, raises
+    def __init__(self, id="", length=3, count=5, left=None, stops=None, raises=(), deadline=float("inf")):
+        self.id, self.left, self.stops, self.raises = id, left, stops, raises
         self.sequence = Sequence([1] * length, count, deadline=deadline)
         self.sent = []
         self.ended: queue.Queue[object] = queue.Queue()
@@ -28,11 +29,14 @@ class Request:
         assert "has_left" not in self.raises
         return self.left is not None and len(self.sequence.answer) >= self.left
 
-    def respond(self):
+    def respond(self, tokens, cycles, finish):
         assert "respond" not in self.raises
-        self.sent.append(len(self.sequence.answer))
-        if self.sequence.finish:
-            self.ended.put(self.sequence.finish)
+        self.sent += tokens
+        if len(self.sent) == self.stops:
+            finish = "stop"
+        if finish:
+            self.ended.put(finish)
+        return finish is not None
 
     def fail(self, error):
         self.ended.put(error)
@@ -71,7 +75,7 @@ def serve():
     for loop in running:
         loop.close()
         assert not loop.requests
-        assert not loop._thread.is_alive()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("d2sd")]
 
 
 def idle(loop):
@@ -89,7 +93,7 @@ def test_every_request_is_answered_piece_by_piece(serve):
     for request in requests:
         loop.put(request)
     assert [request.end() for request in requests] == ["length"] * 7
-    assert [request.sent for request in requests] == [list(range(1, n + 2)) for n in range(7)]
+    assert [request.sent for request in requests] == [[7] * (n + 1) for n in range(7)]
     idle(loop)
     assert sum(len(tokens) for advanced in loop.seen for _, tokens in advanced) == sum(range(1, 8))
     assert loop.said == []
@@ -106,6 +110,18 @@ def test_clients_that_leave(serve):
     assert len(answered.sequence.answer) == 3
     assert stays.end() == "length"
     idle(loop)
+
+
+def test_a_request_that_ends_itself_is_sent_nothing_more(serve):
+    loop = serve()
+    stops, at_its_end, other = Request(count=10_000, stops=3), Request(count=3, stops=3), Request(count=40)
+    for request in (stops, at_its_end, other):
+        loop.put(request)
+    assert [request.end() for request in (stops, at_its_end, other)] == ["stop", "stop", "length"]
+    assert [len(request.sent) for request in (stops, at_its_end, other)] == [3, 3, 40]
+    idle(loop)
+    assert len(stops.sequence.answer) < 10
+    assert not loop._outbox._done
 
 
 def test_a_request_is_stopped_by_its_id(serve):
