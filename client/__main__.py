@@ -12,6 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m client", description=__doc__)
     parser.add_argument("prompt", help="the user's message; - reads it from standard input")
     parser.add_argument("--raw", action="store_true", help="send the prompt as it stands, without the chat template")
+    parser.add_argument("--parse-special", action="store_true", help="with --raw: control tokens written in it are such tokens")
     parser.add_argument("--system", help="a system message before it")
     parser.add_argument("--stream", action="store_true", help="print the answer as it arrives")
     parser.add_argument("--max-tokens", type=int, help="length of the answer, at most")
@@ -29,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     messages: list[Message] = [{"role": "user", "content": text}]
     if args.system:
         messages.insert(0, {"role": "system", "content": args.system})
-    options = Options(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop, mode=args.mode)
+    options = Options(
+        *(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop),
+        mode=args.mode,
+        parse_special=args.parse_special or None,
+    )
     client = Client(args.address, "http" if args.http else "grpc")
     prompt = text if args.raw else messages
     began = time.monotonic()

@@ -16,11 +16,15 @@ class ServiceError(RuntimeError):
     """The service refused a request or could not be reached; the message is its own."""
 
 
-class Message(TypedDict):
-    """A chat message."""
+class Message(TypedDict, total=False):
+    """A chat message: role and content, and what a chat with tools or reasoning has besides."""
 
-    role: str  # system, user or assistant
-    content: str
+    role: str  # system, developer, user, assistant or tool
+    content: str | None
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Options:
         stop_words: texts, the first of which ends the answer and does not belong to it.
         end_id: token that ends the answer instead of the target's own; -1 for the target's own.
         mode: decoding mode instead of the pipeline's.
+        parse_special: whether the text of a control token in a text prompt stands for that token.
+        chat_template_kwargs: variables of the target's chat template, ``enable_thinking`` or ``tools`` for one.
     """
 
     max_tokens: int | None = None
@@ -44,6 +50,8 @@ class Options:
     stop_words: Sequence[str] | None = None
     end_id: int | None = None
     mode: str | None = None
+    parse_special: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ def fields_of(prompt: str | Sequence[Message], options: Options, stream: bool) -
     else:
         named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
     named |= {field.name: getattr(options, field.name) for field in fields(options)}
+    if options.chat_template_kwargs is not None:
+        named["chat_template_kwargs"] = json.dumps(dict(options.chat_template_kwargs), ensure_ascii=False)
     return {name: value for name, value in named.items() if value is not None}
 
 

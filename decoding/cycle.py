@@ -31,6 +31,9 @@ class Decoder:
         mode: of sequences that name none.
         block_size: γ. branches: K. rows: of a best-first tree, the anchor among them.
         vocabulary: V, from which ``random_redraft`` draws.
+
+    Attributes:
+        verified: tokens of the last cycle, pieces of prompts aside.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Decoder:
     ) -> None:
         self.target = target
         self.numbers: dict[Sequence, int] = {}
+        self.verified = 0
         self.drafting = Drafting(
             target,
             Follower(first, target, self.numbers, block_size) if first else None,
@@ -101,6 +105,7 @@ class Decoder:
         if not sequences:
             return []
         tree = self.drafting.trees(sequences)
+        self.verified = sum(tree.counts)
         rows = [*sequences, *(s for s, _ in pieces)]
         verified = self.run(rows, [tree, *self._chains(pieces)], len(pieces))
         committed, kept = [], []

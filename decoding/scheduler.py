@@ -1,52 +1,135 @@
-"""Which sequences are decoded together, and when a waiting one joins them."""
+"""What a cycle does: which answers it advances, how much of which prompts it takes in, and who has to wait."""
 
+import time
 from collections import deque
+from collections.abc import Iterator
 
-from decoding.cycle import Decoder
+import numpy as np
+
+from decoding.cycle import Decoder, Piece
+from decoding.engines import Costs
 from decoding.sequence import Finish, Sequence
 
-PIECE = 128  # tokens of a prompt a cycle
+ALONE = 128  # prompt tokens of a cycle that no answer waits for: a client that leaves is rid of within it
+LEAST = 8  # prompt tokens of a cycle, whatever they cost, so that a newcomer always gets on
+MOST = 512
+
+
+class Full(RuntimeError):
+    """As many sequences wait as may; the message is for the client."""
 
 
 class Scheduler:
-    """Continuous batching: a sequence joins as soon as a slot is free, and leaves as soon as it is finished.
+    """Continuous batching: a cycle advances every answer, and takes in as much of the newcomers' prompts as may ride along.
+
+    Newcomers are taken in by order of arrival: the budget of a cycle goes to the first one's prompt and what is left of it to
+    the next, so that short ones come in together and none is passed over. A newcomer is opened when its turn comes and not
+    before; by then those ahead have computed what its prompt has in common with theirs.
 
     Args:
-        slots: sequences open at once.
+        slots: sequences open at once, at most; memory may hold fewer.
+        costs: of a pass of the target on this machine; None where nobody waits for the next token of an answer.
+        queue: sequences that may wait for a place; None for any number.
+
+    Attributes:
+        waiting: by order of arrival. running: opened, by order of arrival.
+        prompt_tokens: of all sequences that were opened. reused_tokens: those of them that the engine knew already.
     """
 
-    def __init__(self, decoder: Decoder, slots: int) -> None:
-        self.decoder, self.slots = decoder, slots
+    def __init__(self, decoder: Decoder, slots: int, costs: Costs | None = None, queue: int | None = None) -> None:
+        self.decoder, self.slots, self.costs, self.queue = decoder, slots, costs, queue
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prompt_tokens, self.reused_tokens = 0, 0
+        self._rows = 1.0  # that an answer has verified, in the last cycle
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn.
+
+        Raises:
+            Full: too many do already.
+        """
+        if self.queue is not None and len(self.running) + len(self.waiting) >= self.slots + self.queue:
+            raise Full(f"limits.waiting: found {self.queue} requests waiting for a place, allowed: no more; try again later")
         self.waiting.append(sequence)
 
     def drop(self, sequence: Sequence, why: Finish) -> None:
-        """End a sequence from outside (a stop word, a client that left)."""
+        """End a sequence from outside (a stop word, a client that left). The next step frees what it holds."""
         sequence.finish = why
         if sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def step(self) -> list[tuple[Sequence, list[int]]]:
-        """Let the finished go, admit what fits, run one cycle. Returns each sequence that answers, and its new tokens."""
-        for sequence in [s for s in self.running if s.finish]:
-            self.decoder.close(sequence)
-            self.running.remove(sequence)
-        while self.waiting and len(self.running) < self.slots and self.decoder.room(self.waiting[0]):
-            self.decoder.open(self.waiting[0])
-            self.running.append(self.waiting.popleft())
-        answering = [s for s in self.running if s.computed == s.position]
-        pieces = [(s, min(PIECE, s.position - s.computed)) for s in self.running if s.computed < s.position]
-        return list(zip(answering, self.decoder.cycle(answering, pieces), strict=True))
+        """Let the finished go, take newcomers in, run one cycle. Returns each sequence that answers, and its new tokens.
+
+        Where it raises, the running sequences are lost (``reset``).
+        """
+        self._let_go()
+        pieces = self._take_in(self._budget())
+        if not self.running:
+            return []
+        answering = self._answering()
+        committed = self.decoder.cycle(answering, pieces)
+        if answering:
+            self._rows = max(1.0, self.decoder.verified / len(answering))
+        return list(zip(answering, committed, strict=True))
 
     def reset(self) -> None:
-        """Forget all sequences, after an engine failed."""
-        self.waiting.clear()
+        """Forget the running sequences, after an engine failed; those that wait have lost nothing."""
         self.running.clear()
         self.decoder.reset()
+
+    def _let_go(self) -> None:
+        now = time.monotonic()
+        for sequence in (*self.waiting, *self.running):
+            if not sequence.finish and now >= sequence.deadline:
+                self.drop(sequence, "timeout")
+        for sequence in [s for s in self.running if s.finish]:
+            self.running.remove(sequence)
+            self.decoder.close(sequence)
+
+    def _answering(self) -> list[Sequence]:
+        return [s for s in self.running if s.computed == s.position]
+
+    def _budget(self) -> int:
+        """Prompt tokens of a cycle: no answer may wait for it longer than for two usual ones."""
+        answering = self._answering()
+        if not answering or not self.costs:
+            return ALONE
+        context = sum(s.computed for s in self.running)
+        rows = round(self._rows * len(answering))
+        counts = np.arange(MOST + 1)
+        if self.decoder.target.ragged:
+            seconds = self.costs.target(rows + counts, len(answering) + 1, context)
+            allowed = 2 * seconds[0]
+        else:  # prompts have passes of their own
+            seconds = self.costs.target(counts, 1, context)
+            allowed = self.costs.target(np.array([rows]), len(answering), context)[0]
+        return max(LEAST, int(np.flatnonzero(seconds <= allowed).max(initial=0)))
+
+    def _take_in(self, budget: int) -> list[Piece]:
+        pieces = []
+        for sequence in self._newcomers():
+            if count := min(budget, sequence.position - sequence.computed):
+                pieces.append((sequence, count))
+            budget -= count
+            if not budget:
+                break
+        return pieces
+
+    def _newcomers(self) -> Iterator[Sequence]:
+        """Those whose prompts are not in the cache yet; one that waits is opened when it is asked for."""
+        yield from [s for s in self.running if s.computed < s.position]
+        while self.waiting and len(self.running) < self.slots:
+            if self.running and not self.decoder.room(self.waiting[0]):
+                return  # where nothing runs there is room, or there never will be: the engine says so when it is opened
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            self.decoder.open(sequence)
+            self.prompt_tokens += len(sequence.prompt)
+            self.reused_tokens += sequence.computed
+            yield sequence

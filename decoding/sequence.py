@@ -1,5 +1,6 @@
 """One request's tokens on their way to an answer."""
 
+import math
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
 
-Finish = Literal["end", "length", "stop", "cancelled"]
+Finish = Literal["end", "length", "stop", "timeout", "cancelled"]
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Sequence:
             in any KV cache.
         max_tokens: the answer ends when it has as many.
         end_ids: the answer ends with the first of these, which belongs to it.
+        deadline: the answer ends when ``time.monotonic()`` is there, with what it has.
         computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
         finish: why the answer ended, or None.
@@ -32,6 +34,7 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     end_ids: frozenset[int] = frozenset()
     mode: ModeName | None = None
+    deadline: float = math.inf
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)

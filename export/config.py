@@ -91,7 +91,12 @@ class EngineSection(Section):
 
 
 class LimitsSection(Section):
-    sequences: int = Field(4, ge=1, le=256, description="decoded together")
+    sequences: int = Field(16, ge=1, le=256, description="decoded together, at most; memory may hold fewer")
+    kv_memory: float | None = Field(
+        None, gt=0, description="GiB for the K/V of all sequences; left out: what they can need, up to half of what is free"
+    )
+    waiting: int = Field(64, ge=0, le=65536, description="requests that may wait for a place; the next is refused, UNAVAILABLE")
+    deadline: float = Field(300.0, gt=0, description="seconds after its arrival when an answer ends with what it has")
     length: int = Field(2048, ge=16, le=1_048_576, description="tokens of a prompt and its answer")
     max_tokens: int = Field(256, ge=1, description="length of an answer whose request names none, as far as there is room")
 

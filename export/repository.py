@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-MODELS = ("ensemble", "preprocessing", "d2sd", "postprocessing")
+MODELS = ("ensemble", "preprocessing", "d2sd")
 TEMPLATES = Path(__file__).resolve().parent.parent / "triton_repo"
 
 

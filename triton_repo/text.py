@@ -1,35 +1,163 @@
-"""Answers as text: what of a growing answer can be shown already."""
+"""A growing answer as text: what of it can be shown already, and the stop word that ends it.
 
-from collections.abc import Sequence
+Work for a token does not grow with the answer's length (a window of it is decoded), nor with the number of stop words (one
+automaton knows them all).
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes decode to that are not UTF-8, or not yet
+STOP_WORDS = 16_384  # characters of a request's stop words together
+SPAN = 8  # tokens, at least, of the window before its new ones
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def shown(tokenizer: Tokenizer, ids: Sequence[int], stop_words: Sequence[str], final: bool) -> tuple[str, bool]:
-    """Decode an answer up to the first stop word that it completes.
+class Vocabulary:
+    """What a tokenizer's tokens are as text.
 
-    While the answer grows, what might still change is held back: a character whose bytes are not all there, and the
-    beginning of what could become a stop word. So each text is the beginning of the next, and the pieces between them
-    make up exactly the final text.
-
-    Args:
-        ids: all of the answer so far. final: whether nothing follows.
-
-    Returns:
-        The text, special tokens left out, and whether a stop word ended it.
+    Attributes:
+        hidden: the text of each special token, which no answer shows.
+        bytes: tokens that stand for a single byte. A run of them is decoded whole or not at all, so none of it is shown
+            before it has ended.
     """
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    found = [(place + len(word), place) for word in stop_words if (place := text.find(word)) >= 0]
-    if found:
-        return text[: min(found)[1]], True
-    if not final:
-        text = text.rstrip(REPLACEMENT)
-        text = text[: len(text) - max((_overlap(text, word) for word in stop_words), default=0)]
-    return text, False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.hidden = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        falls_back = '"ByteFallback"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+        vocabulary = tokenizer.get_vocab() if falls_back else {}
+        self.bytes = frozenset(id for token, id in vocabulary.items() if _BYTE.fullmatch(token))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of the text that is a beginning of the word, the whole word aside."""
-    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
+class StopWords:
+    """The automaton of Aho and Corasick (1975): a step a character, however many words there are.
+
+    A state is a beginning of some word: the longest one that the text so far ends with.
+
+    Attributes:
+        depth: length of each state's beginning. ended: length of the longest word that ends there, or 0.
+
+    Raises:
+        ValueError: the words together are too long.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        words = list(words)
+        if (size := sum(map(len, words))) > STOP_WORDS:
+            raise ValueError(f"stop_words: found {size} characters together, allowed: up to {STOP_WORDS}")
+        self._next: list[dict[str, int]] = [{}]
+        self.depth, self.ended = [0], [0]
+        for word in words:
+            state = 0
+            for character in word:
+                if character not in self._next[state]:
+                    self._next[state][character] = len(self._next)
+                    self.depth.append(self.depth[state] + 1)
+                    self.ended.append(0)
+                    self._next.append({})
+                state = self._next[state][character]
+            self.ended[state] = len(word)
+        self._shorter = [0] * len(self._next)  # the state of the longest end of a state's beginning that is one itself
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for character, longer in self._next[state].items():
+                self._shorter[longer] = self.step(self._shorter[state], character)
+                self.ended[longer] = self.ended[longer] or self.ended[self._shorter[longer]]
+                queue.append(longer)
+
+    def step(self, state: int, character: str) -> int:
+        while character not in self._next[state] and state:
+            state = self._shorter[state]
+        return self._next[state].get(character, 0)
+
+
+class Growing:
+    """An answer that grows by tokens, shown as it does.
+
+    What might still change is held back: a character whose bytes are not all there, and the beginning of what could become
+    a stop word. So the pieces make up exactly the text that the tokenizer decodes from all tokens, up to the first stop word
+    that they complete. A stop word may hold the text of special tokens.
+
+    Attributes:
+        tokens: of the answer, up to the one that completes a stop word.
+        stopped: whether a stop word has ended it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, stop_words: StopWords | None = None) -> None:
+        self._vocabulary, self._words = vocabulary, stop_words
+        self.tokens, self.stopped = 0, False
+        self._window: list[int] = []  # tokens that are decoded, the last ones of the answer
+        self._mark = 0  # where in it another could begin: the text before is whole
+        self._decoded = 0  # characters of the window's text that were taken
+        self._state = 0
+        self._held: list[tuple[str, bool]] = []  # characters that a stop word could take back, and whether they are shown
+
+    def add(self, ids: Sequence[int], final: bool = False) -> str:
+        """The text that more tokens add, or that is left if ``final``. What follows a stop word is left out."""
+        if self._words is None:
+            self.tokens += len(ids)
+            self._window += [token for token in ids if token not in self._vocabulary.hidden]
+            return self._decode(final)
+        pieces = []
+        for token in ids:
+            self.tokens += 1
+            if token in self._vocabulary.hidden:
+                pieces.append(self._match(self._vocabulary.hidden[token], shown=False))
+            else:
+                self._window.append(token)
+                pieces.append(self._match(self._decode(final=False), shown=True))
+            if self.stopped:
+                return "".join(pieces)
+        if final:
+            pieces.append(self._match(self._decode(final=True), shown=True))
+            pieces += [character for character, shown in self._held if shown]
+            self._held = []
+        return "".join(pieces)
+
+    def _decode(self, final: bool) -> str:
+        """The characters that the window has more than were taken."""
+        whole = len(self._window)
+        while not final and whole and self._window[whole - 1] in self._vocabulary.bytes:
+            whole -= 1
+        text = self._vocabulary.decode(self._window[:whole])
+        stable = text if final else text.rstrip(REPLACEMENT)
+        new = stable[self._decoded :]
+        self._decoded = max(self._decoded, len(stable))
+        if whole == len(self._window) and stable == text:
+            self._shorten()
+        return new
+
+    def _shorten(self) -> None:
+        """Begin the window later, where its text is whole. It keeps letters of its own, because decoders treat the first
+        token, and the first spaces, in other ways than the rest."""
+        rest = self._window[self._mark :]
+        if len(rest) >= SPAN and (text := self._vocabulary.decode(rest)).strip():
+            if self._mark:
+                self._window, self._decoded = rest, len(text)
+            self._mark = len(self._window)
+
+    def _match(self, text: str, shown: bool) -> str:
+        """Take characters in; returns those that no stop word can take back any more."""
+        assert self._words is not None
+        released = []
+        for character in text:
+            self._state = self._words.step(self._state, character)
+            self._held.append((character, shown))
+            if ended := self._words.ended[self._state]:
+                self.stopped = True
+                released += self._held[:-ended]
+                self._held = []
+                break
+            free = len(self._held) - self._words.depth[self._state]
+            released += self._held[:free]
+            del self._held[:free]
+        return "".join(character for character, visible in released if visible)

@@ -50,7 +50,7 @@ def test_a_build_is_complete(finished):
     assert manifest["decoding"]["block_size"] == 6
     assert manifest["end_ids"] == [1]
     models = {path.name for path in (finished / "build" / "model_repository").iterdir()}
-    assert models == {"ensemble", "preprocessing", "d2sd", "postprocessing"}
+    assert models == {"ensemble", "preprocessing", "d2sd"}
     assert not [path for path in (finished / "build").rglob("*") if path.name.endswith((".partial", ".old"))]
 
 

@@ -1,70 +1,204 @@
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests import tiny
-from triton_repo.text import shown
+from triton_repo.text import STOP_WORDS, Growing, StopWords, Vocabulary
 
-TOKENIZER = tiny.tokenizer().backend_tokenizer
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
+WORDS = ["the quick brown fox, jumps over the lazy dog. " * 20, "größer 日 🎉 don't"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def stream(ids, stop_words, sizes):
-    """The pieces that responses of the given numbers of tokens would bring, and the final text."""
-    pieces, before, start = [], 0, 0
-    while start < len(ids):
-        start += next(sizes)
-        final = start >= len(ids)
-        now, stopped = shown(TOKENIZER, ids[:start], stop_words, final or _stops(ids[:start], stop_words))
-        then, _ = shown(TOKENIZER, ids[:before], stop_words, final=False)
-        assert now.startswith(then)
-        pieces.append(now[len(then) :])
-        before = start
-        if stopped:
-            break
-    return pieces
+def sentencepiece(decoder):
+    """Byte fallback as in SentencePiece: what the vocabulary lacks is said in single bytes."""
+    base = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    base.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    base.decoder = decoder
+    special = ["<unk>", "<s>", "</s>", *BYTES]
+    base.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False))
+    # Bytes are no special tokens, only in the vocabulary.
+    fresh = Tokenizer(models.BPE(base.get_vocab(), [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fresh.normalizer, fresh.decoder = base.normalizer, decoder
+    fresh.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return fresh
 
 
-def _stops(ids, stop_words):
-    return shown(TOKENIZER, ids, stop_words, final=True)[1]
+def unigram():
+    base = Tokenizer(models.Unigram())
+    base.pre_tokenizer = pre_tokenizers.Metaspace()
+    base.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>", "<s>"], show_progress=False)
+    base.train_from_iterator(WORDS, trainer)
+    return base
 
 
-def sizes(seed):
+def wordpiece():
+    base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    base.decoder = decoders.WordPiece()
+    base.train_from_iterator(WORDS, trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]"], show_progress=False))
+    return base
+
+
+def suffixed():
+    base = Tokenizer(models.BPE(unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    base.decoder = decoders.BPEDecoder()
+    base.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=80, end_of_word_suffix="</w>", special_tokens=["<unk>"], show_progress=False)
+    )
+    return base
+
+
+def undecoded():
+    base = wordpiece()
+    base.decoder = None
+    return base
+
+
+TOKENIZERS = {
+    "byte level": tiny.tokenizer().backend_tokenizer,
+    "byte fallback": sentencepiece(
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
+        )
+    ),
+    "byte fallback, metaspace": sentencepiece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
+    "spaces stripped": sentencepiece(
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 3, 0)],
+        )
+    ),
+    "metaspace": unigram(),
+    "wordpiece": wordpiece(),
+    "suffixes": suffixed(),
+    "no decoder": undecoded(),
+}
+VOCABULARIES = {name: Vocabulary(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+BYTE_LEVEL, FALLBACK = VOCABULARIES["byte level"], VOCABULARIES["byte fallback"]
+
+
+def stream(vocabulary, ids, stop_words=(), seed=None):
+    """The pieces that responses of random numbers of tokens bring, and the answer."""
     rng = random.Random(seed)
-    while True:
-        yield rng.randint(1, 4)
+    growing, pieces, start = Growing(vocabulary, StopWords(stop_words) if stop_words else None), [], 0
+    while start < len(ids) and not growing.stopped:
+        size = 1 if seed is None else rng.randint(1, 4)
+        pieces.append(growing.add(ids[start : start + size], final=start + size >= len(ids)))
+        start += size
+    return pieces, growing
 
 
-@settings(max_examples=200, deadline=None)
-@given(any_text, st.integers(0, 99))
-def test_pieces_of_a_text_make_up_the_text(text, seed):
-    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
-    assert "".join(stream(ids, [], sizes(seed))) == text
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 299), max_size=40), st.integers(0, 99))
-def test_pieces_of_any_tokens_make_up_their_decoding(ids, seed):
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=80, deadline=None)
+@given(numbers=st.lists(st.integers(0, 2**20), max_size=60), seed=st.integers(0, 99))
+def test_pieces_of_any_tokens_make_up_their_decoding(name, numbers, seed):
     """Random tokens are mostly not UTF-8: cut characters, stray bytes, special tokens."""
-    assert "".join(stream(ids, [], sizes(seed))) == TOKENIZER.decode(ids, skip_special_tokens=True)
+    vocabulary = VOCABULARIES[name]
+    ids = [number % TOKENIZERS[name].get_vocab_size() for number in numbers]
+    for pieces in (stream(vocabulary, ids, seed=seed)[0], stream(vocabulary, ids, ["never there \0"], seed)[0]):
+        assert "".join(pieces) == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=30, deadline=None)
+@given(text=any_text, seed=st.integers(0, 99))
+def test_pieces_of_a_text_make_up_its_decoding(name, text, seed):
+    ids = TOKENIZERS[name].encode(text, add_special_tokens=False).ids
+    pieces, _ = stream(VOCABULARIES[name], ids, seed=seed)
+    assert "".join(pieces) == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
+    if name == "byte level":
+        assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("text", ["日本語", "🎉🎉", "ß", "a\u0301", "\U0001f468\u200d\U0001f469", "  spaces  kept ", "\ufffd"])
+@pytest.mark.parametrize("name", ["byte level", "byte fallback"])
+def test_one_token_at_a_time(name, text):
+    ids = TOKENIZERS[name].encode(text, add_special_tokens=False).ids
+    assert "".join(stream(VOCABULARIES[name], ids)[0]) == text
+
+
+def test_a_character_is_shown_as_soon_as_it_is_whole():
+    ids = TOKENIZERS["byte level"].encode("日本x").ids
+    pieces, _ = stream(BYTE_LEVEL, ids)
+    assert len(ids) > 3
+    assert [piece for piece in pieces if piece] == ["日", "本", "x"]
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.sampled_from("abc日🎉"), max_size=24).map("".join),
     st.lists(st.lists(st.sampled_from("abc日🎉"), min_size=1, max_size=4).map("".join), min_size=1, max_size=3),
     st.integers(0, 99),
 )
 def test_a_stop_word_ends_the_text_and_is_never_shown(text, stop_words, seed):
-    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    ids = TOKENIZERS["byte level"].encode(text, add_special_tokens=False).ids
     found = [(text.find(word) + len(word), text.find(word)) for word in stop_words if word in text]
-    expected = text[: min(found)[1]] if found else text
-    assert "".join(stream(ids, stop_words, sizes(seed))) == expected
+    pieces, answer = stream(BYTE_LEVEL, ids, stop_words, seed)
+    assert "".join(pieces) == (text[: min(found)[1]] if found else text)
+    assert answer.stopped == bool(found)
 
 
-@pytest.mark.parametrize("text", ["日本語", "🎉🎉", "ß", "a\u0301", "\U0001f468\u200d\U0001f469", "  spaces  kept ", "\ufffd"])
-def test_one_token_at_a_time(text):
-    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
-    assert "".join(stream(ids, [], iter([1] * 99))) == text
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abc日"), max_size=30).map("".join), st.sampled_from(["ab", "c", "日b", "bca"]))
+def test_an_answer_counts_as_many_tokens_however_it_came(text, word):
+    """Up to the token that completes the stop word, though a cycle committed more."""
+    ids = TOKENIZERS["byte level"].encode(text, add_special_tokens=False).ids
+    answers = [stream(BYTE_LEVEL, ids, [word], seed)[1] for seed in (None, 1, 2)]
+    upto = next((n for n in range(len(ids) + 1) if word in TOKENIZERS["byte level"].decode(ids[:n])), len(ids))
+    assert [answer.tokens for answer in answers] == [upto] * 3
+
+
+@pytest.mark.parametrize("word", ["<s>", "fox<s>", "fox<s> the"])
+def test_a_stop_word_of_special_tokens(word):
+    ids = TOKENIZERS["byte level"].encode("quick fox<s> the lazy").ids
+    assert 0 in ids
+    pieces, answer = stream(BYTE_LEVEL, ids, [word], seed=3)
+    assert (answer.stopped, "".join(pieces)) == (True, "quick fox<s> the lazy".partition(word)[0])
+    assert "".join(stream(BYTE_LEVEL, ids, ["never"], seed=3)[0]) == "quick fox the lazy"
+
+
+def test_what_could_become_a_stop_word_is_shown_at_the_end():
+    ids = TOKENIZERS["byte level"].encode("a fo").ids
+    assert "".join(stream(BYTE_LEVEL, ids, ["fox"])[0]) == "a fo"
+
+
+def test_stop_words_that_are_too_long():
+    StopWords(["x" * STOP_WORDS])
+    with pytest.raises(ValueError, match="stop_words: found 16385 characters together, allowed: up to 16384"):
+        StopWords(["x" * STOP_WORDS, "y"])
+
+
+@pytest.mark.parametrize("vocabulary", [BYTE_LEVEL, FALLBACK])
+@pytest.mark.parametrize("stop_words", [[], ["never there"]])
+def test_the_decoded_window_does_not_grow(vocabulary, stop_words):
+    ids = vocabulary.tokenizer.encode("the quick brown fox jumps, größer 日本語 " * 100).ids
+    growing = Growing(vocabulary, StopWords(stop_words) if stop_words else None)
+    widest = 0
+    for token in ids:
+        growing.add([token])
+        widest = max(widest, len(growing._window))
+    assert len(ids) > 1000
+    assert widest <= 64
+
+
+def test_a_thousand_stop_words_cost_what_one_costs():
+    ids = TOKENIZERS["byte level"].encode("the quick brown fox " * 100).ids
+
+    def seconds(words):
+        automaton = StopWords(words)
+        best = float("inf")
+        for _ in range(5):
+            growing, began = Growing(BYTE_LEVEL, automaton), time.perf_counter()
+            for token in ids:
+                growing.add([token])
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    one, thousand = seconds(["never there"]), seconds([f"fox {n}" for n in range(1000)])
+    assert thousand < 3 * one

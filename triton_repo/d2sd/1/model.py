@@ -1,13 +1,13 @@
-"""Token ids → the target's answer, a cycle at a time: the engines, and the loop that runs them."""
+"""Token ids → the target's answer as text: loads the engines, reads requests and hands them to the serving loop."""
 
-import queue
-import threading
+import json
+import math
+import os
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
@@ -18,24 +18,13 @@ from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
 from triton_repo import tensors, text
-
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-
-
-@dataclass(eq=False)
-class Request:
-    """A request while it is answered."""
-
-    sequence: Sequence
-    sender: Any
-    stream: bool
-    stop_words: list[str]
-    shown: int = field(default=0)  # tokens that the client has
+from triton_repo.answer import Answer, refuse, stopped
+from triton_repo.serving_loop import Advanced, ServingLoop, Stop
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self.build = BuildDirectory.open(Path(args["model_repository"]).parent.parent)
+        self.build = BuildDirectory.open(Path(args["model_repository"]).resolve().parent.parent)
         manifest = self.build.manifest
         self.limits, self.end_ids = manifest["limits"], manifest["end_ids"]
         options = manifest["decoding"]
@@ -46,19 +35,18 @@ class TritonPythonModel:
             target,
             first,
             second,
+            mode=options["mode"],
             block_size=options["block_size"],
             branches=options["branches"],
             vocabulary=self.vocabulary,
             selection=options["selection"],
             redraft=options["redraft"],
         )
-        self.tokenizer = Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json"))
-        self.scheduler = Scheduler(decoder, self.limits["sequences"], options["mode"])
+        self.text = text.Vocabulary(Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json")))
+        self.scheduler = Scheduler(decoder, self.limits["sequences"], queue=self.limits["waiting"])
         self._warm_up()
-        self.metrics = Metrics()
-        self.requests: dict[Sequence, Request] = {}
-        self.inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self.loop = threading.Thread(target=self._loop, name="d2sd")
+        log = pb_utils.Logger
+        self.loop = ServingLoop(self.scheduler, Metrics().count, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
         self.loop.start()
 
     def _warm_up(self) -> None:
@@ -75,16 +63,25 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                self.inbox.put(self._read(request, sender))
-            except ValueError as error:
-                sender.send(pb_utils.InferenceResponse(error=tensors.invalid(error)), flags=FINAL)
+                self.loop.put(self._read(request, sender))
+            except Exception as error:  # whatever it is, it is this request's alone
+                if not isinstance(error, ValueError):
+                    pb_utils.Logger.log_error(f"d2sd: a request could not be read: {error!r}")
+                try:
+                    refuse(sender, error)
+                except Exception as another:
+                    pb_utils.Logger.log_error(f"d2sd: a request cannot be told of {error!r}: {another!r}")
 
-    def _read(self, request: Any, sender: Any) -> Request:
+    def _read(self, request: Any, sender: Any) -> Answer | Stop:
         """Check a request.
 
         Raises:
             ValueError: naming the input, what was found and what is allowed.
         """
+        if tensors.scalar(request, "stop", False):
+            if not request.request_id():
+                raise ValueError("stop: found in a request without an id, allowed: with the id of what is to end")
+            return Stop(request.request_id(), partial(stopped, sender))
         prompt = tensors.integers(request, "input_ids")
         if bad := [token for token in prompt if not 0 <= token < self.vocabulary]:
             raise ValueError(f"input_ids: found {bad[0]}, allowed: 0 to {self.vocabulary - 1}")
@@ -101,85 +98,36 @@ class TritonPythonModel:
         mode = tensors.scalar(request, "mode")
         if mode is not None and mode not in self.modes:
             raise ValueError(f"mode: found {mode!r}, allowed: {', '.join(self.modes)}")
-        end_id = tensors.scalar(request, "end_id")
-        sequence = Sequence(
-            prompt,
-            max_tokens,
-            _sampling(request),
-            frozenset(self.end_ids if end_id is None or end_id < 0 else [end_id]),
-            mode,
-        )
+        end_id = tensors.scalar(request, "end_id", -1)
+        if not -1 <= end_id < self.vocabulary:
+            raise ValueError(f"end_id: found {end_id}, allowed: -1 (the target's own) to {self.vocabulary - 1}")
+        ends = frozenset(self.end_ids if end_id < 0 else [end_id])
+        deadline = time.monotonic() + min(_timeout(request), self.limits["deadline"])
+        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline)
+        words = tensors.strings(request, "stop_words")
+        growing = text.Growing(self.text, text.StopWords(words) if words else None)
         stream = bool(tensors.scalar(request, "stream", False))
-        return Request(sequence, sender, stream, tensors.strings(request, "stop_words"))
-
-    def _loop(self) -> None:
-        while True:
-            if not self._take_in(wait=not self.scheduler):
-                return
-            try:
-                steps = self.scheduler.step()
-            except Exception as error:  # the requests at hand are lost, the server is not
-                pb_utils.Logger.log_error(f"d2sd: a cycle failed: {error!r}")
-                self._fail(error)
-                continue
-            for sequence, tokens in steps:
-                self.metrics.count(sequence, len(tokens))
-                self._respond(self.requests[sequence])
-
-    def _take_in(self, wait: bool) -> bool:
-        """Hand new requests to the scheduler; sleep for one if there is nothing else to do. False: the server stops."""
-        while wait or not self.inbox.empty():
-            request = self.inbox.get()
-            if request is None:
-                return False
-            self.requests[request.sequence] = request
-            self.scheduler.add(request.sequence)
-            wait = False
-        return True
-
-    def _respond(self, request: Request) -> None:
-        """Send what a cycle added to an answer, and end it at a stop word or when its client has gone."""
-        sequence = request.sequence
-        if request.stop_words and text.shown(self.tokenizer, sequence.answer, request.stop_words, final=True)[1]:
-            self._drop(sequence, "stop")
-        elif not sequence.finish and request.sender.is_cancelled():
-            self._drop(sequence, "cancelled")
-        final = sequence.finish is not None
-        if request.stream or final:
-            answer = sequence.answer
-            response = pb_utils.InferenceResponse(
-                [
-                    tensors.output("output_ids", answer, np.int32),
-                    tensors.output("shown_ids", [request.shown], np.int32),
-                    tensors.output("final", [final], np.bool_),
-                    tensors.texts("stop_words", request.stop_words or [""]),
-                    tensors.output("output_tokens", [len(answer)], np.int32),
-                    tensors.output("cycles", [sequence.cycles], np.int32),
-                    tensors.texts("finish_reason", [sequence.finish or ""]),
-                ]
-            )
-            request.sender.send(response, flags=FINAL if final else 0)
-            request.shown = len(answer)
-        if final:
-            del self.requests[sequence]
-
-    def _drop(self, sequence: Sequence, why: Any) -> None:
-        if sequence.finish is None:
-            self.scheduler.drop(sequence, why)
-        else:
-            sequence.finish = why
-
-    def _fail(self, error: Exception) -> None:
-        """Answer every request at hand with an error and start afresh."""
-        for request in self.requests.values():
-            message = f"the engine failed: {error}"
-            request.sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message)), flags=FINAL)
-        self.requests.clear()
-        self.scheduler.reset()
+        return Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
 
     def finalize(self) -> None:
-        self.inbox.put(None)
-        self.loop.join()
+        self.loop.close()
+
+
+def _give_up() -> None:
+    """Let the server see that this model is dead."""
+    os._exit(1)
+
+
+def _timeout(request: Any) -> float:
+    """Seconds that a request gives us. Triton's own field is in microseconds; ``/generate`` knows it as a parameter alone.
+
+    Raises:
+        ValueError: it is not a number of microseconds.
+    """
+    given = request.timeout() or json.loads(request.parameters() or "{}").get("timeout", 0)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(f"timeout: found {json.dumps(given)}, allowed: microseconds, an integer")
+    return given / 1e6 if given else math.inf
 
 
 def _sampling(request: Any) -> Sampling:
@@ -205,6 +153,6 @@ class Metrics:
         ]
         return self.families[-1].Metric(labels={"model": "d2sd"})
 
-    def count(self, sequence: Sequence, tokens: int) -> None:
-        self.tokens.increment(tokens)
-        self.cycles.increment(1)
+    def count(self, advanced: Advanced) -> None:
+        self.tokens.increment(sum(len(tokens) for _, tokens in advanced))
+        self.cycles.increment(len(advanced))

@@ -1,0 +1,123 @@
+"""Many requests, open loop: random lengths, some that leave, some that are wrong; all must end rightly."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.load.offline import Offline
+from benchmarks.load.traffic import Outcome, Texts, ask
+from client import AsyncClient, Options
+
+LEAVE, WRONG = 0.2, 0.05  # shares of the requests
+LONGEST, MOST = 400, 64  # tokens of a prompt, of an answer
+NONSENSE = (
+    Options(top_p=0.0),
+    Options(temperature=-1.0),
+    Options(max_tokens=0),
+    Options(max_tokens=10**9),
+    Options(top_k=-3),
+    Options(mode="warp"),
+)
+REFUSALS = ("top_p", "temperature", "max_tokens", "top_k", "mode")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request that will be made. gap: what comes before it, in mean gaps. leaves: after so many seconds."""
+
+    prompt: str
+    options: Options
+    gap: float
+    leaves: float | None
+    wrong: bool
+
+
+def plan(texts: Texts, count: int, modes: list[str], seed: int) -> list[Planned]:
+    """Requests from a seed: few distinct prompts, since each is answered offline too, in any mode and length."""
+    dice = random.Random(seed)
+    prompts = [texts.take(int(LONGEST ** dice.uniform(0.3, 1))) for _ in range(max(8, count // 40))]
+    planned = []
+    for _ in range(count):
+        wrong = dice.random() < WRONG
+        options = Options(max_tokens=int(MOST ** dice.uniform(0, 1)), mode=dice.choice([None, *modes]))
+        leaves = dice.expovariate(1 / 0.5) if dice.random() < LEAVE and not wrong else None
+        planned.append(
+            Planned(dice.choice(prompts), dice.choice(NONSENSE) if wrong else options, dice.expovariate(1), leaves, wrong)
+        )
+    return planned
+
+
+async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, server: int) -> dict[str, Any]:
+    """Make the requests at 0.7 of the pace that the service keeps up with. server: its process."""
+    capacity = await _pace([p for p in planned if not p.wrong and p.leaves is None][:32], client)
+    memory: list[float] = []
+    watching = asyncio.create_task(watch(server, memory))
+    tasks = []
+    began = time.monotonic()
+    for request in planned:
+        await asyncio.sleep(request.gap / (0.7 * capacity))
+        tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, request.leaves)))
+    outcomes = await asyncio.gather(*tasks)
+    seconds = time.monotonic() - began
+    watching.cancel()
+    verdicts = Counter(judge(request, outcome, offline) for request, outcome in zip(planned, outcomes, strict=True))
+    half = memory[len(memory) // 2 :]
+    quarters = half[: len(half) // 2], half[len(half) // 2 :]
+    answered = [o for o in outcomes if o.finish in ("end", "length")]
+    return {
+        "requests": len(planned),
+        "seconds": seconds,
+        "rate": len(planned) / seconds,
+        "tokens_per_second": sum(o.tokens[-1] for o in outcomes if o.tokens) / seconds,
+        "verdicts": dict(verdicts),
+        "first_token_median": sorted(o.first for o in answered)[len(answered) // 2],
+        "first_token_99": sorted(o.first for o in answered)[len(answered) * 99 // 100],
+        "memory_mib": [round(m) for m in memory],
+        "memory_growth": mean(quarters[1]) / mean(quarters[0]) - 1 if quarters[0] else 0.0,
+    }
+
+
+def judge(request: Planned, outcome: Outcome, offline: Offline) -> str:
+    """How a request ended: rightly, or what was wrong."""
+    if request.wrong:
+        named = outcome.finish == "refused" and outcome.error.startswith(REFUSALS)
+        return "refused as malformed" if named else f"WRONG: {outcome.finish} {outcome.error}"
+    if outcome.finish == "refused":
+        return "refused as too many" if outcome.error.startswith("limits.waiting") else f"WRONG: {outcome.error}"
+    expected = offline.text(request.prompt, request.options.max_tokens or 0)
+    if outcome.finish == "left":
+        return "left" if expected.startswith(outcome.text) else "WRONG: other text, left"
+    if outcome.finish in ("end", "length"):
+        return "answered" if outcome.text == expected else "WRONG: other text"
+    return f"WRONG: {outcome.finish or 'no end'}"
+
+
+async def _pace(planned: list[Planned], client: AsyncClient) -> float:
+    """Requests a second, all at once."""
+    began = time.monotonic()
+    await asyncio.gather(*(ask(client, p.prompt, p.options) for p in planned))
+    return len(planned) / (time.monotonic() - began)
+
+
+async def watch(server: int, memory: list[float]) -> None:
+    """Note the memory of the server's processes, in MiB, every second."""
+    while True:
+        memory.append(sum(_pss(process) for process in _family(server)) / 1024)
+        await asyncio.sleep(1)
+
+
+def _family(process: int) -> list[int]:
+    """A process and those that it started."""
+    children = [pid for thread in Path(f"/proc/{process}/task").glob("*/children") for pid in thread.read_text().split()]
+    return [process, *(one for child in children for one in _family(int(child)))]
+
+
+def _pss(process: int) -> int:
+    """Memory of a process in KiB; what it shares with others is divided among them."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

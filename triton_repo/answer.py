@@ -1,0 +1,91 @@
+"""An answer on its way to its client: tokens come in, text goes out."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from decoding.scheduler import Full
+from decoding.sequence import Finish, Sequence
+from triton_repo import tensors, text
+from triton_repo.serving_loop import Stopped
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+BUSY = (Full, Stopped, TimeoutError)  # another moment, or another server, may do
+
+
+@dataclass(eq=False)
+class Answer:
+    """A request of the serving loop, answered through a Triton sender.
+
+    Attributes:
+        stream: whether its client wants pieces. stops: whether stop words can end it.
+    """
+
+    id: str
+    sequence: Sequence
+    sender: Any
+    stream: bool
+    text: text.Growing
+    stops: bool
+    unread: list[int] = field(default_factory=list)  # tokens that are not text yet
+    unsent: str = field(default="")  # text that the client does not have yet
+    unsent_ids: list[int] = field(default_factory=list)
+
+    def has_left(self) -> bool:
+        return bool(self.sender.is_cancelled())
+
+    def respond(self, tokens: list[int], cycles: int, finish: Finish | None) -> bool:
+        """Send what there is beyond the last response, if it is streamed or ended; a stop word ends it.
+
+        Raises:
+            TimeoutError: its time ran out before its first token.
+        """
+        if finish == "timeout" and not tokens and not self.text.tokens and not self.unread:
+            raise TimeoutError("timeout: found no place for this request in its time; try again later")
+        self.unread += tokens
+        if self.stream or self.stops or finish:
+            before, new = self.text.tokens, self.unread
+            # The token that ends an answer is no text, though a stop word may read like it.
+            self.unsent += self.text.add(new[:-1] if finish == "end" else new, final=finish is not None)
+            if self.text.stopped:
+                finish = "stop"
+            count = self.text.tokens + (finish == "end")
+            self.unsent_ids += new[: count - before]
+            self.unread = []
+            if self.stream or finish:
+                response = _response(self.unsent, self.unsent_ids, count, cycles, finish_reason=finish or "")
+                self.unsent, self.unsent_ids = "", []
+                self.sender.send(response, flags=FINAL if finish else 0)
+        return finish is not None
+
+    def fail(self, error: Exception) -> None:
+        refuse(self.sender, error)
+
+
+def refuse(sender: Any, error: Exception) -> None:
+    """Answer with an error: the request's own, one of the moment, or ours."""
+    kind = pb_utils.TritonError.INTERNAL
+    if isinstance(error, ValueError):
+        kind = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, BUSY):
+        kind = pb_utils.TritonError.UNAVAILABLE
+    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), kind)), flags=FINAL)
+
+
+def stopped(sender: Any, count: int) -> None:
+    """Tell the client that asked for a stop whether there was anything to end."""
+    sender.send(_response(finish_reason="cancelled" if count else ""), flags=FINAL)
+
+
+def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, *, finish_reason: str) -> Any:
+    return pb_utils.InferenceResponse(
+        [
+            tensors.texts("text_output", [piece]),
+            tensors.output("output_ids", ids, np.int32),
+            tensors.output("output_tokens", [tokens], np.int32),
+            tensors.output("cycles", [cycles], np.int32),
+            tensors.texts("finish_reason", [finish_reason]),
+        ]
+    )

@@ -1,0 +1,172 @@
+"""Text and chat messages → the target's token ids, which are those of its ``tokenizer.json``.
+
+What a client writes is text: the name of a control token in it is spelt out like any other word.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2.meta
+from tokenizers import AddedToken, Tokenizer
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CONTENT = ("content", "reasoning_content", "name", "tool_call_id")  # fields of a message that are text
+JOINT = "\ufdd0d2sd\ufdd1"  # of noncharacters, which no text holds; stands in clients' text where a control token is spelt out
+OURS = {"messages", "add_generation_prompt"}  # what a template is given anyway
+
+
+class ChatFormat:
+    """A target's chat templates and the special tokens that they name.
+
+    Attributes:
+        templates: by name; ``default`` is the usual one. tokens: ``bos_token`` and the like.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = _json(folder / "tokenizer_config.json")
+        named = _json(folder / "special_tokens_map.json") | config
+        named = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+        self.tokens = {name: value for name, value in named.items() if name.endswith("_token") and isinstance(value, str)}
+        given = config.get("chat_template") or {}
+        if isinstance(given, list):
+            given = {one["name"]: one["template"] for one in given}
+        self.templates: dict[str, str] = {"default": given} if isinstance(given, str) else given
+        for file in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
+            if file.exists():
+                self.templates["default" if file.stem == "chat_template" else file.stem] = file.read_text(encoding="utf-8")
+
+    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
+        """Put messages through the template, with the opening of an answer.
+
+        Args:
+            arguments: for the template's own variables; ``tools`` picks a template of their own where there is one.
+
+        Raises:
+            ValueError: there is no template, it has no such variable, or refuses the messages.
+        """
+        name = "tool_use" if arguments.get("tools") and "tool_use" in self.templates else "default"
+        template = self.templates.get(name)
+        if template is None:
+            raise ValueError("messages: the target has no chat template; use text_input")
+        environment = _compile_jinja_template(template).environment
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        allowed = sorted(variables - environment.globals.keys() - self.tokens.keys() - OURS)
+        for argument in arguments:
+            if argument not in allowed:
+                known = ", ".join(allowed) or "none, the target's template has no variables"
+                raise ValueError(f"chat_template_kwargs.{argument}: unknown, allowed: {known}")
+        given: dict[str, Any] = {"add_generation_prompt": True, **self.tokens, **arguments}
+        try:
+            chats: Any = render_jinja_template([messages], chat_template=template, **given)
+        except Exception as error:  # a template refuses by raising whatever it likes
+            reason = " ".join(str(error).split())
+            raise ValueError(f"messages: the target's chat template refuses them ({reason})") from None
+        return str(chats[0][0])
+
+
+class Prompts:
+    """A target's tokenizer and chat format.
+
+    Args:
+        folder: with ``tokenizer.json`` and what else a Hugging Face tokenizer is saved as.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.chat_format = ChatFormat(folder)
+        special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted((re.escape(text) for text in special if len(text) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(longest_first) or "(?!)")
+        self.tokenizer.add_special_tokens([AddedToken(JOINT, normalized=False, special=True)])
+        self._joint = self.tokenizer.token_to_id(JOINT)
+
+    def text(self, text: str, parse_special: bool = False) -> list[int]:
+        """The ids of a text, behind what the tokenizer puts before every text.
+
+        Args:
+            parse_special: whether the text of a control token in it stands for that token.
+
+        Raises:
+            ValueError: the tokenizer has no ids for it.
+        """
+        return self._encode("text_input", text, literal=not parse_special, opened=True)
+
+    def chat(self, messages: str, arguments: str | None = None) -> list[int]:
+        """The ids of a chat, as far as the opening of its answer.
+
+        Args:
+            messages: a JSON list of messages. arguments: a JSON object, for the variables of the chat template.
+
+        Raises:
+            ValueError: naming what is wrong in them.
+        """
+        given = _parse("chat_template_kwargs", arguments) if arguments else {}
+        if not isinstance(given, dict):
+            raise ValueError("chat_template_kwargs: allowed: a JSON object of variables of the chat template")
+        spelt = [self._spell(message) for message in check_messages(_parse("messages", messages))]
+        rendered = self.chat_format.render(spelt, {name: self._spell(value) for name, value in given.items()})
+        return self._encode("messages", rendered, literal=False, opened=False)
+
+    def _spell(self, value: Any) -> Any:
+        """Clients' data with a joint in every text that would be taken for a control token."""
+        if isinstance(value, str):
+            value = value.replace(JOINT, "")
+            while self._special.search(value):  # breaking one up may leave another
+                value = self._special.sub(lambda found: f"{found[0][0]}{JOINT}{found[0][1:]}", value)
+            return value
+        if isinstance(value, list):
+            return [self._spell(one) for one in value]
+        if isinstance(value, dict):
+            return {self._spell(key): self._spell(one) for key, one in value.items()}
+        return value
+
+    def _encode(self, name: str, text: str, *, literal: bool, opened: bool) -> list[int]:
+        self.tokenizer.encode_special_tokens = literal
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=opened).ids
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise ValueError(f"{name}: the target's tokenizer refuses it ({error})") from None
+        return [token for token in ids if token != self._joint]
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages, in their usual form.
+
+    Raises:
+        ValueError: naming the message and field, what was found and what is allowed.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: allowed: a JSON list of at least one object with role and content")
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or "role" not in message or not message.keys() & {"content", "tool_calls"}:
+            raise ValueError(f"{where}: allowed: an object with role and content")
+        if unknown := message.keys() - {"role", "tool_calls", *CONTENT}:
+            raise ValueError(f"{where}.{min(unknown)}: unknown, allowed: role, tool_calls, {', '.join(CONTENT)}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}.role: found {message['role']!r}, allowed: {', '.join(ROLES)}")
+        for field in message.keys() & set(CONTENT):
+            absent = message[field] is None and (field != "content" or "tool_calls" in message)
+            if not absent and not isinstance(message[field], str):
+                raise ValueError(f"{where}.{field}: found {type(message[field]).__name__}, allowed: text")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise ValueError(f"{where}.tool_calls: allowed: a list of objects")
+    return [{field: value for field, value in message.items() if value is not None} for message in messages]
+
+
+def _parse(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
