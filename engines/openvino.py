@@ -16,6 +16,9 @@ from engines.paged import BLOCK
 
 ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
 Precision = str
+# Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
+# a block of weights. Elsewhere it means nothing.
+ROUNDED = 32
 
 
 def require() -> Any:
@@ -33,42 +36,44 @@ def require() -> Any:
 
 def choose(precision: str) -> Precision:
     """What ``auto`` means here: bf16 where the CPU multiplies it in tiles (AMX), else f32."""
-    return precision if precision != "auto" else "bf16" if _has_amx() else "f32"
+    # Without tiles OpenVINO's bf16 is slower than its f32 from 16 rows on (docs/engines.md).
+    return precision if precision != "auto" else "bf16" if _has("amx_bf16") else "f32"
 
 
-def _has_amx() -> bool:
-    """Without tiles OpenVINO's bf16 is slower than its f32 from 16 rows on (docs/engines.md)."""
+def _has(*features: str) -> bool:
+    """Whether the CPU has one of these."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
     except OSError:
         return False
+    return any(feature in flags for feature in features)
 
 
 class OpenVinoGraph:
     """A graph in OpenVINO.
 
     Args:
-        path: the ONNX file. precision: f32 or bf16.
-        group: rows of a weight's block, for quantised weights: the CPU may then round activations to 8 bits in such groups,
-            where it multiplies them faster; 0 leaves activations alone.
+        folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
         blocks: of the pool.
 
     Raises:
         EngineError: the file is broken, or of another version of OpenVINO.
     """
 
-    def __init__(self, path: Path, info: GraphInfo, precision: Precision, group: int, blocks: int) -> None:
+    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int) -> None:
         ov = require()
         self.info = info
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}"
         core = ov.Core()
         core.add_extension(_as_paged_attention(ov, info))
+        other = folder / "zero-points-paged.onnx"
+        path = other if other.exists() and not _has("avx512_vnni", "avx_vnni") else folder / "paged.onnx"
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
             "KV_CACHE_PRECISION": precision,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(ROUNDED),
         }
         kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
         try:

@@ -99,7 +99,15 @@ def _q4_0(raw: NDArray[np.uint8], columns: int) -> Blocks:
 def _q4_1(raw: NDArray[np.uint8], columns: int) -> Blocks:
     blocks = raw.reshape(len(raw), -1, 20)
     scales, minima = _half(blocks[..., :2]), _half(blocks[..., 2:4])
-    return Blocks(_nibbles(blocks[..., 4:]).reshape(-1, columns), scales, minima + 8 * scales, 4)
+    return _level(_nibbles(blocks[..., 4:]), scales, minima + 8 * scales, columns)
+
+
+def _level(codes: NDArray[np.int8], scales: NDArray[np.float32], minima: NDArray[np.float32], columns: int) -> Blocks:
+    """Blocks with minima ``[N, K / size, size]``. One of scale 0 holds one value, its minimum: said by codes and scale."""
+    flat = scales == 0
+    codes = np.where(flat[..., None], np.int8(1), codes)
+    scales, minima = np.where(flat, minima, scales), np.where(flat, np.float32(0), minima)
+    return Blocks(codes.reshape(-1, columns), scales, minima, 4)
 
 
 def _q8_0(raw: NDArray[np.uint8], columns: int) -> Blocks:
@@ -119,7 +127,7 @@ def _q4_k(raw: NDArray[np.uint8], columns: int) -> Blocks:
     scales = d * s
     codes = _nibbles(blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32))
     flat = (len(raw), columns // 32)
-    return Blocks(codes.reshape(-1, columns), scales.reshape(flat), (8 * scales - dmin * m).reshape(flat), 4)
+    return _level(codes.reshape(*flat, 32), scales.reshape(flat), (8 * scales - dmin * m).reshape(flat), columns)
 
 
 def _q6_k(raw: NDArray[np.uint8], columns: int) -> Blocks:
