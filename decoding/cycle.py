@@ -5,44 +5,30 @@ host's memory, PyTorch's on a device. There nothing is waited for but what was a
 """
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from decoding import acceptance, boundary, prefix_tree
-from decoding.engines import Array, Bools, DrafterEngine, Ints, Pass, TargetEngine
-from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
+from decoding import acceptance, prefix_tree
+from decoding.acceptance import GONE
+from decoding.drafting import Drafting
+from decoding.engines import Array, DrafterEngine, Pass, TargetEngine
+from decoding.follower import Follower
+from decoding.modes import ModeName, Redraft, Selection
 from decoding.prefix_tree import PrefixTree
+from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 
-PREFILL_CHUNK = 128  # prompt tokens a target pass
-
-
-@dataclass(frozen=True)
-class Draft:
-    """The first drafts.
-
-    Attributes:
-        anchors: ``[B]``. candidates: ``[B, γ-1, A]`` likeliest tokens of places 1 … γ-1, best first. probabilities: as many.
-    """
-
-    anchors: Array
-    candidates: Array
-    probabilities: Array
-
-    @property
-    def tokens(self) -> Array:
-        """``[B, γ-1]``."""
-        return self.candidates[..., 0]
+Piece = tuple[Sequence, int]  # so many more tokens of a prompt
 
 
 class Decoder:
-    """Runs cycles over the running sequences.
+    """Runs cycles over sequences, each in its own mode.
 
     Args:
-        first, second: None where only ``autoregressive`` is asked for.
+        first, second: None where no mode that drafts is asked for.
+        mode: of sequences that name none.
         block_size: γ. branches: K.
         vocabulary: V, from which ``random_redraft`` draws.
     """
@@ -53,6 +39,7 @@ class Decoder:
         first: DrafterEngine | None,
         second: DrafterEngine | None,
         *,
+        mode: ModeName,
         block_size: int,
         branches: int,
         vocabulary: int,
@@ -60,145 +47,107 @@ class Decoder:
         redraft: Redraft = "exclusive",
     ) -> None:
         self.target = target
-        self.drafters = [drafter for drafter in (first, second) if drafter is not None]
-        self.block_size, self.branches, self.vocabulary = block_size, branches, vocabulary
-        self.selection, self.redraft = selection, redraft
+        self.numbers: dict[Sequence, int] = {}
+        self.drafting = Drafting(
+            target,
+            Follower(first, target, self.numbers, block_size) if first else None,
+            Follower(second, target, self.numbers, block_size) if second else None,
+            mode=mode,
+            branches=branches,
+            vocabulary=vocabulary,
+            selection=selection,
+            redraft=redraft,
+        )
 
-    def join(self, sequence: Sequence, mode: ModeName, place: int | None = None) -> None:
-        """Take a sequence in, behind the running ones or in the place of one of them.
+    def room(self, sequence: Sequence) -> bool:
+        """Whether one more sequence can be opened."""
+        rows = _rows(sequence)
+        return self.target.room(rows) and all(f.engine.room(rows) for f in self.drafting.followers(sequence))
 
-        All of its prompt enters the caches but the last token, which is its first anchor.
+    def open(self, sequence: Sequence) -> None:
+        """Begin a sequence. What an engine still knows of its prompt need not be computed again."""
+        number = self.numbers[sequence] = self.target.open(sequence.tokens, _rows(sequence))
+        for follower in self.drafting.followers(sequence):
+            follower.open(sequence, _rows(sequence))
+        sequence.computed = self.target.length(number)
+
+    def close(self, sequence: Sequence) -> None:
+        """End a sequence and free what it held."""
+        self.target.close(self.numbers.pop(sequence))
+        for follower in self.drafting.followers(sequence):
+            follower.close(sequence)
+
+    def reset(self) -> None:
+        """End all sequences, whatever state the engines are in."""
+        self.numbers.clear()
+        self.target.reset()
+        self.drafting.reset()
+
+    def cycle(self, sequences: Many[Sequence], pieces: Many[Piece] = ()) -> list[list[int]]:
+        """Advance every sequence by at least one token, and take pieces of other sequences' prompts in.
+
+        Args:
+            sequences: whose prompts are in the cache but for the anchor.
+            pieces: sequences, and how many more tokens of their prompts; the anchor never.
+
+        Returns:
+            The tokens committed to each of ``sequences``.
         """
-        before = np.array(sequence.tokens[:-1], dtype=np.int64)
-        for start in range(0, len(before), PREFILL_CHUNK):
-            chunk = before[None, start : start + PREFILL_CHUNK]
-            n = chunk.shape[1]
-            features = self.target.prefill(chunk, np.arange(start, start + n)[None], np.tri(n, dtype=bool)[None])
-            for drafter in self._drafting(MODES[mode]):
-                drafter.prefill(features)
-        for engine in (self.target, *self.drafters):
-            engine.join(place)
-
-    def leave(self, sequence: int) -> None:
-        """Let a running sequence go; those behind it move up."""
-        for engine in (self.target, *self.drafters):
-            engine.leave(sequence)
-
-    def cycle(self, sequences: Many[Sequence], mode_name: ModeName) -> list[list[int]]:
-        """Advance every sequence by at least one token. Returns the tokens committed to each."""
-        anchors = self.target.send(np.array([s.anchor for s in sequences], dtype=np.int64))
-        tree = prefix_tree.merge(anchors, self.draft(sequences, anchors, MODES[mode_name]))
-        verified = self.verify(sequences, tree)
-        sampling = [s.sampling for s in sequences]
-        uniforms = self.target.send(np.stack([s.uniforms(tree.height + 1) for s in sequences]))
-        walked = acceptance.walk(tree, lambda depth, nodes: verified.choose(nodes, sampling, uniforms[:, depth]))
-        all_nodes, all_tokens = self.target.read(array_namespace(anchors).stack(walked))
-        committed, rows = [], []
-        for b, (sequence, nodes, tokens) in enumerate(zip(sequences, all_nodes, all_tokens, strict=True)):
+        if pieces and not (sequences and self.target.ragged):
+            self.run([s for s, _ in pieces], self._chains(pieces))
+            self.keep([s for s, _ in pieces], [range(count) for _, count in pieces])
+            pieces = ()
+        if not sequences:
+            return []
+        tree = self.drafting.trees(sequences)
+        rows = [*sequences, *(s for s, _ in pieces)]
+        verified = self.run(rows, [tree, *self._chains(pieces)])
+        committed, kept = [], []
+        for sequence, nodes, tokens in zip(sequences, *self.walk(sequences, tree, verified, len(pieces)), strict=True):
             accepted = nodes[nodes >= 0].tolist()
             chosen = tokens[: len(accepted)].tolist()
             count = sequence.commit(chosen)
             sequence.cycles += 1
-            sequence.features = verified.features(b, accepted[:count])
             committed.append(chosen[:count])
-            rows.append(accepted[:count])
-        self.target.keep(rows)
+            kept.append(accepted[:count])
+        self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
         return committed
 
-    def verify(self, sequences: Many[Sequence], tree: PrefixTree) -> Pass:
-        """One target pass over the nodes of all trees."""
-        starts = self.target.send(_positions(sequences))
-        return self.target.forward(tree.tokens, starts[:, None] + tree.depths, tree.mask)
+    def run(self, sequences: Many[Sequence], trees: Many[PrefixTree]) -> Pass:
+        """One target pass over the nodes of all trees; each follows what is in its sequence's cache."""
+        tree = prefix_tree.stack(trees)
+        starts = self.target.send(np.array([s.computed for s in sequences], dtype=np.int64))
+        numbers = [self.numbers[s] for s in sequences]
+        return self.target.forward(numbers, tree.tokens, starts[:, None] + tree.depths, tree.mask, tree.counts)
 
-    def draft(self, sequences: Many[Sequence], anchors: Array, mode: Mode) -> Array:
-        """The branches of each sequence, ``[B, W, γ-1]``: the first block, then what the mode adds to it. If it drafts nothing:
-        one branch of no tokens."""
-        xp = array_namespace(anchors)
-        if not mode.drafts:
-            return anchors[:, None, None][..., :0]
-        first = self.drafters[0]
-        blocks = np.full((len(sequences), self.block_size), first.mask_id, dtype=np.int64)
-        blocks[:, 0] = [s.anchor for s in sequences]
-        candidates, probabilities = self._run(first, sequences, blocks, fresh=True)
-        draft = Draft(anchors, *(xp.asarray(made[:, 1:], copy=True) for made in (candidates, probabilities)))
-        block = draft.tokens[:, None]
-        if mode.branches is None:
-            return block
-        if mode.branches == "samples":
-            return xp.concat([block, self._samples(draft, sequences)], axis=1)
-        kept = self.boundaries(sequences, draft, mode.selection or self.selection)
-        places = xp.arange(self.block_size - 1, device=device(anchors))
-        branches = xp.where(places < kept[..., None], block, self.tails(sequences, draft, kept, mode))
-        return xp.concat([block, branches], axis=1)
+    def walk(
+        self, sequences: Many[Sequence], tree: PrefixTree, verified: Pass, others: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The accepted nodes and the committed tokens (``acceptance.walk``). others: sequences of the pass behind these."""
+        sampling = [*(s.sampling for s in sequences), *[Sampling()] * others]
+        uniforms = np.zeros((len(sampling), tree.height + 1))
+        uniforms[: len(sequences)] = [s.uniforms(tree.height + 1) for s in sequences]
+        drawn = self.target.send(uniforms)
+        none = self.target.send(np.full(others, GONE))
+        xp = array_namespace(tree.tokens)
 
-    def boundaries(self, sequences: Many[Sequence], draft: Draft, selection: Selection) -> Array:
-        """How many draft tokens each branch keeps, ``[B, K]``."""
-        if selection == "confidence":
-            return boundary.likeliest(draft.probabilities[..., 0], self.branches)
-        chosen = [boundary.anywhere(self.block_size - 1, self.branches, s.draft_rng()) for s in sequences]
-        return self.target.send(np.stack(chosen))
+        def choose(depth: int, nodes: Array) -> Array:
+            return verified.choose(xp.concat([nodes, none]), sampling, drawn[:, depth])[: len(sequences)]
 
-    def tails(self, sequences: Many[Sequence], draft: Draft, kept: Array, mode: Mode) -> Array:
-        """What each branch says behind the tokens that it keeps, ``[B, K, γ-1]``; void at the kept places."""
-        xp = array_namespace(kept)
-        if mode.branches == "runner_up":
-            places = xp.arange(self.block_size - 1, device=device(kept))
-            return xp.where(places == kept[..., None], draft.candidates[:, None, :, 1], draft.tokens[:, None])
-        if mode.branches == "random":
-            size = (kept.shape[1], self.block_size - 1)
-            return self.target.send(np.stack([s.draft_rng().integers(self.vocabulary, size=size) for s in sequences]))
-        if mode.branches == "fixed":
-            return xp.zeros_like(kept)[..., None]
-        return self.redrafts(self.drafters[0 if mode.branches == "first" else 1], sequences, draft, kept)
+        nodes, tokens = self.target.read(xp.stack(acceptance.walk(tree, choose)))
+        return nodes, tokens
 
-    def redrafts(self, drafter: DrafterEngine, sequences: Many[Sequence], draft: Draft, kept: Array) -> Array:
-        """Fill all branches of all sequences in one pass: K blocks a sequence, blind to each other (docs/method.md §3).
+    def keep(self, sequences: Many[Sequence], rows: Many[Many[int]]) -> None:
+        """Take rows of the last pass into the cache."""
+        self.target.keep(rows)
+        for sequence in sequences:
+            sequence.computed = self.target.length(self.numbers[sequence])
 
-        A branch at i matters only if draft token i+1 is wrong, so an exclusive redraft may not say it again.
-        """
-        xp = array_namespace(kept)
-        whole = xp.concat([draft.anchors[:, None], draft.tokens], axis=1)[:, None]  # [B, 1, γ]
-        places = xp.arange(self.block_size, device=device(kept))
-        blocks = xp.where(places <= kept[..., None], whole, drafter.mask_id)  # [B, K, γ]
-        flat = xp.reshape(blocks, (len(sequences), -1))
-        candidates, _ = self._run(drafter, sequences, flat, fresh=drafter is not self.drafters[0])
-        candidates = xp.reshape(candidates, (*blocks.shape, -1))[:, :, 1:]
-        best = candidates[..., 0]
-        if self.redraft == "free":
-            return best
-        refused = (places[:-1] == kept[..., None]) & (best == draft.tokens[:, None])
-        return xp.where(refused, candidates[..., 1], best)
-
-    def _samples(self, draft: Draft, sequences: Many[Sequence]) -> Array:
-        """K blocks drawn at T=1 from the first drafts, place by place, among each place's candidates: ``[B, K, γ-1]``."""
-        xp = array_namespace(draft.candidates)
-        size = (self.branches, self.block_size - 1, 1)
-        drawn = self.target.send(np.stack([s.draft_rng().random(size) for s in sequences]))
-        odds = xp.astype(draft.probabilities, xp.float64)
-        reached = xp.cumulative_sum(odds / xp.sum(odds, axis=-1, keepdims=True), axis=-1)
-        below = xp.astype(reached[:, None, :, :-1] <= drawn, xp.int64)
-        return xp.take_along_axis(draft.candidates[:, None], xp.sum(below, axis=-1, keepdims=True), axis=-1)[..., 0]
-
-    def _run(self, drafter: DrafterEngine, sequences: Many[Sequence], block_ids: Array, *, fresh: bool) -> tuple[Array, Array]:
-        """Run blocks of γ through a drafter; ``fresh`` if it has not seen the newly committed features yet."""
-        gamma = self.block_size
-        blocks = block_ids.shape[1] // gamma
-        features = [s.features if fresh else None for s in sequences]
-        positions: Ints = np.add.outer(_positions(sequences), np.tile(np.arange(gamma), blocks))
-        own: Bools = np.kron(np.eye(blocks, dtype=bool), np.ones((gamma, gamma), dtype=bool))
-        mask = np.broadcast_to(own, (len(sequences), *own.shape))
-        return drafter.forward(features, block_ids, positions, mask)
-
-    def reset(self) -> None:
-        """Let all sequences go, the one that was joining too."""
-        for engine in (self.target, *self.drafters):
-            engine.reset()
-
-    def _drafting(self, mode: Mode) -> list[DrafterEngine]:
-        """The drafters that a mode feeds: the second one only where it redrafts."""
-        return self.drafters[: 0 if not mode.drafts else 2 if mode.branches == "second" else 1]
+    def _chains(self, pieces: Many[Piece]) -> list[PrefixTree]:
+        chains = [prefix_tree.chain(s.tokens[s.computed : s.computed + count]) for s, count in pieces]
+        return [c.mapped(self.target.send) for c in chains]
 
 
-def _positions(sequences: Many[Sequence]) -> NDArray[np.int64]:
-    """Of the anchors, ``[B]``."""
-    return np.array([s.position for s in sequences], dtype=np.int64)
+def _rows(sequence: Sequence) -> int:
+    """Tokens that a sequence can come to hold."""
+    return len(sequence.prompt) + sequence.max_tokens

@@ -1,7 +1,9 @@
 """The prefix tree: branches merged where they agree, so that no token is verified twice (docs/method.md §4)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_namespace
 
 from decoding.engines import Array
@@ -18,6 +20,7 @@ class PrefixTree:
         parents: ``[B, N]`` int64, -1 for the anchor.
         depths: ``[B, N]`` int64, distance from the anchor.
         mask: ``[B, N, N]`` bool, node n sees its ancestors and itself.
+        counts: nodes of each tree, its first ones; N where only a device knows.
         height: of the tallest tree that there can be.
     """
 
@@ -25,7 +28,53 @@ class PrefixTree:
     parents: Array
     depths: Array
     mask: Array
+    counts: list[int]
     height: int
+
+    def of(self, rows: Sequence[int]) -> "PrefixTree":
+        """The trees of some of the sequences."""
+        if list(rows) == list(range(len(self.counts))):
+            return self
+        xp = array_namespace(self.tokens)
+        taken = self.mapped(lambda x: xp.stack([x[b] for b in rows]))
+        return replace(taken, counts=[self.counts[b] for b in rows])
+
+    def mapped(self, change: Callable[[Array], Array]) -> "PrefixTree":
+        """With each of the arrays changed."""
+        tokens, parents, depths, mask = map(change, (self.tokens, self.parents, self.depths, self.mask))
+        return PrefixTree(tokens, parents, depths, mask, self.counts, self.height)
+
+
+def chain(tokens: Sequence[int]) -> PrefixTree:
+    """A tree without a fork, in the host's memory."""
+    n = len(tokens)
+    places = np.arange(n)
+    return PrefixTree(np.array([tokens]), places[None] - 1, places[None], np.tri(n, dtype=bool)[None], [n], n - 1)
+
+
+def stack(trees: Sequence[PrefixTree]) -> PrefixTree:
+    """All trees as one array; they lie in one memory."""
+    if len(trees) == 1:
+        return trees[0]
+    xp = array_namespace(trees[0].tokens)
+    most = max(tree.tokens.shape[1] for tree in trees)
+
+    def filled(x: Array, filler: int) -> Array:
+        """Fillers behind the last node, of the axes of nodes."""
+        for axis in range(1, x.ndim):
+            shape = list(x.shape)
+            shape[axis] = most - shape[axis]
+            x = xp.concat([x, xp.full(shape, filler, dtype=x.dtype, device=device(x))], axis=axis)
+        return x
+
+    return PrefixTree(
+        tokens=xp.concat([filled(tree.tokens, 0) for tree in trees]),
+        parents=xp.concat([filled(tree.parents, -1) for tree in trees]),
+        depths=xp.concat([filled(tree.depths, 0) for tree in trees]),
+        mask=xp.concat([filled(tree.mask, False) for tree in trees]),
+        counts=[count for tree in trees for count in tree.counts],
+        height=max(tree.height for tree in trees),
+    )
 
 
 def merge(anchors: Array, branches: Array) -> PrefixTree:
@@ -52,9 +101,10 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
     node = xp.take_along_axis(number, maker, axis=1)
     parent = xp.concat([xp.zeros_like(node[..., :1]), node], axis=-1)[..., :-1] if length else node
 
-    most = width * length
+    most, counts = width * length, [1 + width * length] * batch
     if is_numpy_namespace(xp):
-        most = int(xp.max(xp.sum(makes, axis=-1)))
+        counts = (1 + xp.sum(makes, axis=-1)).tolist()
+        most = max(counts) - 1
     order = xp.argsort(xp.astype(makes, xp.int64), axis=-1, descending=True, stable=True)[:, :most]
     real = xp.take_along_axis(makes, order, axis=-1)  # [B, N-1]
 
@@ -75,5 +125,6 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
         parents=xp.concat([top - 1, nodes(flat(parent), -1)], axis=-1),
         depths=xp.concat([top, depths], axis=-1),
         mask=mask,
+        counts=counts,
         height=length,
     )

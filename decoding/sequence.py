@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ class Sequence:
             in any KV cache.
         max_tokens: the answer ends when it has as many.
         end_ids: the answer ends with the first of these, which belongs to it.
-        features: ``[m, F]`` target features of the m tokens that the drafters have not seen yet; None if there are none.
+        computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
         finish: why the answer ended, or None.
     """
@@ -33,7 +33,7 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     mode: ModeName | None = None
     tokens: list[int] = field(init=False)
-    features: Any = field(init=False, default=None)
+    computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)
     finish: Finish | None = field(init=False, default=None)
     _rng: np.random.Generator = field(init=False)

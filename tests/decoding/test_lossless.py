@@ -10,40 +10,42 @@ from hypothesis import strategies as st
 from decoding.cycle import Decoder
 from decoding.modes import MODES
 from decoding.sampling import Sampling
-from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.sampling import distribution
 from tests.decoding.toys import VOCABULARY, ToyDrafter, ToyTarget, logits_after
 
 
-def decode(
-    sequences,
-    mode,
-    slots=1,
-    block_size=5,
-    branches=3,
-    redraft="exclusive",
-    selection="confidence",
-    vocabulary=VOCABULARY,
-):
-    target = ToyTarget(vocabulary)
-    decoder = Decoder(
-        target,
-        ToyDrafter(target, noise=0.7, seed=1),
-        ToyDrafter(target, noise=0.5, seed=2),
-        block_size=block_size,
-        branches=branches,
-        vocabulary=vocabulary,
-        redraft=redraft,
-        selection=selection,
-    )
-    scheduler = Scheduler(decoder, slots, mode)
-    for sequence in sequences:
-        scheduler.add(sequence)
-    while scheduler:
-        scheduler.step()
-    assert target.running == []
+def decoder(mode="d2sd", *, vocabulary=VOCABULARY, ragged=True, remembers=0, **options):
+    target = ToyTarget(vocabulary, ragged, remembers=remembers)
+    drafters = [ToyDrafter(target, noise, seed, remembers=remembers) for noise, seed in ((0.7, 1), (0.5, 2))]
+    options = {"block_size": 5, "branches": 3} | options
+    return Decoder(target, *drafters, mode=mode, vocabulary=vocabulary, **options)
+
+
+def run(decoder, sequences, slots=1, piece=3):
+    """Decode all; a slot that is free takes the next sequence, whose prompt comes in by pieces."""
+    waiting, running = list(sequences), []
+    while waiting or running:
+        while waiting and len(running) < slots:
+            assert decoder.room(waiting[0])
+            decoder.open(waiting[0])
+            running.append(waiting.pop(0))
+        answering = [s for s in running if s.computed == s.position]
+        pieces = [(s, min(piece, s.position - s.computed)) for s in running if s.computed < s.position]
+        before = [len(s.answer) for s in answering]
+        committed = decoder.cycle(answering, pieces)
+        assert [len(s.answer) - n for s, n in zip(answering, before, strict=True)] == list(map(len, committed))
+        assert all(committed)
+        for sequence in [s for s in running if s.finish]:
+            decoder.close(sequence)
+            running.remove(sequence)
+    for engine in (decoder.target, decoder.drafting.first.engine, decoder.drafting.second.engine):
+        assert engine.caches == {}, "a sequence was not closed"
     return [sequence.answer for sequence in sequences]
+
+
+def decode(sequences, mode, slots=1, **options):
+    return run(decoder(mode, **options), sequences, slots)
 
 
 def greedy_oracle(prompt, count, end_ids=frozenset()):
@@ -65,10 +67,12 @@ prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
     redraft=st.sampled_from(["exclusive", "free"]),
     selection=st.sampled_from(["confidence", "uniform"]),
     end=st.sets(st.integers(0, VOCABULARY - 1), max_size=1),
+    ragged=st.booleans(),
+    remembers=st.integers(0, 5),
 )
-def test_greedy_answers_are_the_oracles(mode, batch, block_size, branches, redraft, selection, end):
+def test_greedy_answers_are_the_oracles(mode, batch, end, **options):
     sequences = [Sequence(prompt, count, end_ids=frozenset(end)) for prompt, count in batch]
-    answers = decode(sequences, mode, 3, block_size, branches, redraft, selection)
+    answers = decode(sequences, mode, 3, **options)
     assert answers == [greedy_oracle(prompt, count, end) for prompt, count in batch]
     for sequence in sequences:
         assert sequence.finish == ("end" if end and sequence.answer[-1] in end else "length")
@@ -118,41 +122,93 @@ def test_drafting_saves_target_passes():
     assert cycles["d2sd"] < cycles["dflash"] < cycles["autoregressive"]
 
 
-def test_a_sequence_dropped_from_outside_leaves_the_others_alone():
-    target = ToyTarget()
-    decoder = Decoder(
-        target, ToyDrafter(target, 0.5, 1), ToyDrafter(target, 0.5, 2), block_size=4, branches=2, vocabulary=VOCABULARY
-    )
-    scheduler = Scheduler(decoder, 3, "d2sd")
-    sequences = [Sequence([i, 1], 20) for i in range(4)]
-    for sequence in sequences:
-        scheduler.add(sequence)
-    scheduler.step()
-    scheduler.drop(sequences[1], "cancelled")  # running
-    scheduler.drop(sequences[3], "cancelled")  # waiting
-    while scheduler:
-        scheduler.step()
-    assert [s.finish for s in sequences] == ["length", "cancelled", "length", "cancelled"]
-    assert sequences[3].answer == []
-    for kept in (0, 2):
-        assert sequences[kept].answer == greedy_oracle([kept, 1], 20)
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(st.tuples(prompts, st.integers(1, 14), st.sampled_from(list(MODES))), min_size=2, max_size=6),
+    ragged=st.booleans(),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_modes_run_side_by_side(batch, ragged, temperature):
+    """Each sequence in its own mode, and the engines called no more often than for one of them."""
+
+    def sequences(modes):
+        return [
+            Sequence(prompt, count, Sampling(temperature, seed=i), mode=mode)
+            for i, ((prompt, count, _), mode) in enumerate(modes)
+        ]
+
+    plain = decode(sequences([(case, "autoregressive") for case in batch]), "d2sd", 3)
+    made = decoder(ragged=ragged)
+    assert run(made, sequences([(case, case[2]) for case in batch]), 4) == plain
+    own = sequences([(case, case[2]) for case in batch])
+    for sequence in own:
+        made.open(sequence)
+        while sequence.computed < sequence.position:
+            made.cycle([], [(sequence, 1)])
+    engines = [made.target, made.drafting.first.engine, made.drafting.second.engine]
+    before = [len(engine.calls) for engine in engines]
+    made.cycle(own)
+    called = [len(engine.calls) - n for engine, n in zip(engines, before, strict=True)]
+    modes = {case[2] for case in batch}
+    first = any(MODES[mode].drafts for mode in modes) + ("dflash_twice" in modes)
+    assert called == [1, first, any(MODES[mode].branches == "second" for mode in modes)]
 
 
-def test_sequences_of_another_mode_wait():
-    target = ToyTarget()
-    decoder = Decoder(
-        target, ToyDrafter(target, 0.5, 1), ToyDrafter(target, 0.5, 2), block_size=4, branches=2, vocabulary=VOCABULARY
-    )
-    scheduler = Scheduler(decoder, 4, "d2sd")
-    modes = [None, "autoregressive", "d2sd", "dflash"]
-    sequences = [Sequence([i, 2], 7, mode=mode) for i, mode in enumerate(modes)]
-    for sequence in sequences:
-        scheduler.add(sequence)
-    scheduler.step()
-    assert scheduler.running == sequences[:1]
-    while scheduler:
-        scheduler.step()
-    assert [s.answer for s in sequences] == [greedy_oracle([i, 2], 7) for i in range(4)]
+@pytest.mark.parametrize("ragged", [False, True])
+def test_pieces_of_prompts_ride_with_the_trees_of_a_ragged_target(ragged):
+    made = decoder("dflash", ragged=ragged)
+    answering, joining = Sequence([1], 20), Sequence([2, 0, 3, 1, 4], 5)
+    made.open(answering)
+    made.cycle([answering])
+    made.open(joining)
+    before = len(made.target.calls)
+    made.cycle([answering], [(joining, 3)])
+    assert made.target.calls[before:] == ([5 + 3] if ragged else [3, 5])
+    assert joining.computed == 3
+    made.cycle([answering], [(joining, 1)])
+    made.cycle([answering, joining])
+    assert answering.answer == greedy_oracle([1], len(answering.answer))
+    assert joining.answer == greedy_oracle(joining.prompt, len(joining.answer))
+    assert joining.answer
+
+
+def test_a_drafter_is_caught_up_in_pieces():
+    """A long prompt, which no drafter has seen when the first cycle begins."""
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, 600).tolist()
+    made = decoder("dflash")
+    sequence = Sequence(prompt, 20)
+    made.open(sequence)
+    made.cycle([], [(sequence, 599)])
+    assert made.drafting.first.lag(sequence) == 599
+    made.cycle([sequence])
+    assert made.drafting.first.engine.calls == [(1, 0), (1, 0), (1, 5)]
+    assert made.drafting.first.lag(sequence) == len(sequence.answer)
+
+
+def test_what_an_engine_remembers_of_a_prompt_is_not_computed_again():
+    made = decoder("d2sd", remembers=4)
+    prompt = [1, 2, 3, 4, 0, 1]
+    run(made, [Sequence(prompt, 8)])
+    again = Sequence(prompt, 8)
+    made.open(again)
+    assert again.computed == 4
+    made.close(again)
+    assert run(made, [Sequence(prompt, 8)]) == [greedy_oracle(prompt, 8)]
+
+
+def test_a_mode_without_drafters_opens_none():
+    made = decoder("autoregressive")
+    sequence = Sequence([1], 5)
+    made.open(sequence)
+    made.cycle([sequence])
+    assert made.drafting.first.engine.opened == 0
+
+
+def test_a_reset_forgets_all():
+    made = decoder("d2sd")
+    made.open(Sequence([1, 2], 5))
+    made.reset()
+    assert run(made, [Sequence([1, 2], 9)]) == [greedy_oracle([1, 2], 9)]
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -1,38 +1,60 @@
 """Toy models for decoding: engines over vocabularies of a few tokens that check all that they are handed."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from engines.engine import HostPass
+from engines.sampling import choose
 
 VOCABULARY = 5
 
 
 def logits_after(context: Sequence[int], seed: int = 0, vocabulary: int = VOCABULARY) -> np.ndarray:
     """The toy language: a random but fixed distribution after each context, ``[V]`` f32."""
-    return np.random.default_rng((seed, *context[-3:], len(context))).normal(scale=1.5, size=vocabulary).astype(np.float32)
+    return _noise((seed, *context[-3:], len(context)), 1.5, vocabulary)
+
+
+@cache
+def _noise(key: tuple[int, ...], scale: float, size: int) -> np.ndarray:
+    return np.random.default_rng(key).normal(scale=scale, size=size).astype(np.float32)
 
 
 class ToySequences:
-    """Token sequences instead of caches."""
+    """Token sequences instead of caches.
 
-    def __init__(self) -> None:
-        self.running: list[list[int]] = []
-        self.joining: list[int] = []
+    Args:
+        slots: sequences that there is room for.
+        remembers: tokens of a prompt that a new sequence starts with, at most, if an earlier one began so.
+    """
 
-    def join(self, place) -> None:
-        if place is None:
-            self.running.append(self.joining)
-        else:
-            self.running[place] = self.joining
-        self.joining = []
+    def __init__(self, slots: int = 8, remembers: int = 0) -> None:
+        self.slots, self.remembers = slots, remembers
+        self.caches: dict[int, list[int]] = {}
+        self.reserved: dict[int, int] = {}
+        self.known: list[list[int]] = []
+        self.opened = 0
 
-    def leave(self, sequence: int) -> None:
-        del self.running[sequence]
+    def room(self, rows: int) -> bool:
+        return len(self.caches) < self.slots
+
+    def open(self, tokens: list[int], rows: int) -> int:
+        assert self.room(rows)
+        assert len(tokens) <= rows
+        shared = max((_common(tokens[:-1], other) for other in self.known), default=0)
+        self.opened += 1
+        self.caches[self.opened] = tokens[: min(shared, self.remembers)]
+        self.reserved[self.opened] = rows
+        return self.opened
+
+    def length(self, sequence: int) -> int:
+        return len(self.caches[sequence])
+
+    def close(self, sequence: int) -> None:
+        self.known.append(self.caches.pop(sequence))
 
     def reset(self) -> None:
-        self.running, self.joining = [], []
+        self.caches.clear()
 
     def send(self, array):
         return array
@@ -42,41 +64,55 @@ class ToySequences:
 
 
 class ToyTarget(ToySequences):
-    """Its features are the tokens themselves, ``[B, N, 1]``."""
+    """Its features are the tokens themselves, ``[m, 1]``."""
 
-    def __init__(self, vocabulary: int = VOCABULARY) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
-        self.nodes_seen = 0
+    def __init__(self, vocabulary: int = VOCABULARY, ragged: bool = True, **options) -> None:
+        super().__init__(**options)
+        self.vocabulary, self.ragged = vocabulary, ragged
+        self.calls: list[int] = []  # rows of each
 
-    def prefill(self, token_ids, positions, mask):
-        start = len(self.joining)
-        n = token_ids.shape[1]
-        assert positions.tolist() == [list(range(start, start + n))]
-        assert (mask[0] == np.tri(n, dtype=bool)).all()
-        self.joining += token_ids[0].tolist()
-        return token_ids[0, :, None].astype(np.float32)
-
-    def forward(self, token_ids, positions, mask):
+    def forward(self, sequences, token_ids, positions, mask, counts):
         batch, n = token_ids.shape
-        assert batch == len(self.running)
-        self.nodes_seen += n
+        assert len(set(sequences)) == len(sequences) == batch == len(counts)
+        assert positions.shape == (batch, n)
+        assert mask.shape == (batch, n, n)
+        assert max(counts) <= n
+        self.calls.append(sum(counts))
         logits = np.zeros((batch, n, self.vocabulary), np.float32)
-        for b in range(batch):
-            for node in range(n):
+        for b, sequence in enumerate(sequences):
+            assert not mask[b, counts[b] :].any()
+            assert not mask[b, :, counts[b] :].any()
+            for node in range(counts[b]):
                 seen = np.flatnonzero(mask[b, node])
-                if not len(seen):
-                    continue  # padding
-                past = len(self.running[b])
-                assert positions[b, seen].tolist() == list(range(past, past + len(seen))), "a path has a gap or a fork"
+                cache = self.caches[sequence]
+                assert positions[b, seen].tolist() == list(range(len(cache), len(cache) + len(seen))), "a gap or a fork"
                 assert seen[-1] == node
-                logits[b, node] = logits_after(self.running[b] + token_ids[b, seen].tolist(), vocabulary=self.vocabulary)
-        self.last = token_ids.copy()
-        return HostPass(logits, token_ids[..., None].astype(np.float32))
+                logits[b, node] = logits_after(cache + token_ids[b, seen].tolist(), vocabulary=self.vocabulary)
+        self.last = list(sequences), token_ids.copy()
+        return ToyPass(logits)
 
     def keep(self, rows):
-        for sequence, chosen, tokens in zip(self.running, rows, self.last, strict=True):
-            sequence += tokens[list(chosen)].tolist()
+        sequences, tokens = self.last
+        for sequence, chosen, own in zip(sequences, rows, tokens, strict=True):
+            self.caches[sequence] += own[list(chosen)].tolist()
+            assert len(self.caches[sequence]) <= self.reserved[sequence]
+        del self.last
+
+    def features(self, sequence, start, stop):
+        assert 0 <= start <= stop <= self.length(sequence)
+        return np.array(self.caches[sequence][start:stop], np.float32)[:, None]
+
+
+class ToyPass:
+    def __init__(self, logits) -> None:
+        self.logits = logits
+
+    def choose(self, nodes, sampling, uniforms):
+        assert len(nodes) == len(sampling) == len(uniforms) == len(self.logits)
+        chosen = np.zeros(len(nodes), np.int64)
+        for b in np.flatnonzero(nodes >= 0):
+            chosen[b] = choose(self.logits[b, nodes[b]], sampling[b], uniforms[b])
+        return chosen
 
 
 class ToyDrafter(ToySequences):
@@ -86,34 +122,43 @@ class ToyDrafter(ToySequences):
         target: whose committed tokens its own must equal. noise: of its logits.
     """
 
-    def __init__(self, target: ToyTarget, noise: float, seed: int) -> None:
-        super().__init__()
+    def __init__(self, target: ToyTarget, noise: float, seed: int, **options) -> None:
+        super().__init__(**options)
         self.target, self.noise, self.seed = target, noise, seed
         self.mask_id = target.vocabulary
+        self.calls: list[tuple[int, int]] = []  # sequences and block tokens of each
 
-    def prefill(self, features):
-        self.joining += features[:, 0].astype(int).tolist()
-
-    def forward(self, features, block_ids, positions, mask):
+    def forward(self, sequences, features, block_ids, positions, mask):
         batch, n = block_ids.shape
+        assert len(set(sequences)) == len(sequences) == len(features) == batch
+        assert positions.shape == (batch, n)
+        assert mask.shape == (batch, n, n)
+        self.calls.append((batch, n))
         width = min(4, self.target.vocabulary)
         candidates = np.zeros((batch, n, width), np.int64)
         probabilities = np.zeros((batch, n, width), np.float32)
-        for b in range(batch):
-            if features[b] is not None:
-                self.running[b] += features[b][:, 0].astype(int).tolist()
-            assert self.running[b] == self.target.running[b], "the drafter missed a committed token or saw one twice"
+        for b, sequence in enumerate(sequences):
+            cache = self.caches[sequence]
+            assert features[b].shape[1:] == (1,)
+            assert len(features[b]) <= 256
+            cache += features[b][:, 0].astype(int).tolist()
+            assert len(cache) <= self.reserved[sequence]
+            if n:
+                assert cache in self.target.caches.values(), "the drafter missed a committed token or saw one twice"
             for place in range(n):
                 block = np.flatnonzero(mask[b, place])
-                assert positions[b, block].tolist() == [len(self.running[b]) + k for k in range(len(block))]
-                known = self.running[b] + [int(t) for t in block_ids[b, block] if t != self.mask_id]
+                assert positions[b, block].tolist() == [len(cache) + k for k in range(len(block))]
+                known = cache + [int(t) for t in block_ids[b, block] if t != self.mask_id]
                 hidden = int(place - block[0])
-                rng = np.random.default_rng((self.seed, hidden, *known[-4:]))
-                guess = logits_after(known, vocabulary=self.target.vocabulary) + rng.normal(
-                    scale=self.noise, size=self.target.vocabulary
-                )
+                vocabulary = self.target.vocabulary
+                noise = _noise((self.seed, hidden, *known[-4:]), self.noise, vocabulary)
+                guess = logits_after(known, vocabulary=vocabulary) + noise
                 odds = np.exp(guess - guess.max())
                 odds /= odds.sum()
                 candidates[b, place] = np.argsort(-odds)[:width]
                 probabilities[b, place] = odds[candidates[b, place]]
         return candidates, probabilities
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
