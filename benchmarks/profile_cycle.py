@@ -16,7 +16,7 @@ from decoding.cycle import Decoder
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
-from engines.engine import Drafter
+from engines.dense import Drafter
 from training.prompts import chat_ids, first_of_each_task, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

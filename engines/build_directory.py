@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.engine import Drafter, Engine, GraphInfo, Target
+from engines.dense import DenseEngine, Drafter, Target
+from engines.engine import GraphInfo
 
 
 class BuildDirectoryError(RuntimeError):
@@ -67,14 +68,14 @@ class BuildDirectory:
         first, second = (Drafter(engine) for engine in drafters) if drafters else (None, None)
         return Target(target), first, second
 
-    def _loader(self) -> Callable[[Path, GraphInfo, dict[str, Any]], Engine]:
+    def _loader(self) -> Callable[[Path, GraphInfo, dict[str, Any]], DenseEngine]:
         """What loads an engine from its folder, on the runtime that the build is for."""
         options = self.manifest["engine"]
         if options["backend"] == "onnxruntime":
             from engines.onnxruntime import OnnxRuntimeEngine, choose
 
-            provider, precision = choose(options["providers"], options["precision"])
-            return lambda folder, info, _: OnnxRuntimeEngine(folder / "model.onnx", info, provider, precision)
+            provider = choose(options["providers"])
+            return lambda folder, info, _: OnnxRuntimeEngine(folder / "model.onnx", info, provider)
         from engines.tensorrt import TensorRTEngine, require
 
         trt = require(options["backend"])

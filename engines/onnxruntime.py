@@ -1,12 +1,10 @@
-"""Engines on ONNX Runtime: its CUDA, OpenVINO and CPU providers."""
+"""Engines on ONNX Runtime: its CUDA and CPU providers."""
 
 import ctypes
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,37 +12,32 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.engine import Engine, EngineError, GraphInfo
+from engines.dense import DenseEngine
+from engines.engine import EngineError, GraphInfo
 from engines.kv_cache import Buffer, KVCache
 
-Provider = Literal["cuda", "openvino", "cpu"]
-OPENVINO, CUDA, CPU = "OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+Provider = Literal["cuda", "cpu"]
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CALLS = 4  # shapes whose outputs are kept; a target's logits are tens of megabytes
 
 
 def available(provider: Provider) -> bool:
     """Whether a provider can be used on this machine."""
-    if provider == "openvino":
-        return _openvino_device() is not None
     if provider == "cuda" and not _has_cuda_driver():
         return False
     return {"cuda": CUDA, "cpu": CPU}[provider] in ort.get_available_providers()
 
 
-def choose(providers: Sequence[Provider], precision: str) -> tuple[Provider, str]:
-    """Return the first provider that is present, and the precision that ``auto`` means for it.
+def choose(providers: Sequence[Provider]) -> Provider:
+    """Return the first provider that is present.
 
     Raises:
-        EngineError: none is present, or the precision is not to be had from it.
+        EngineError: none is.
     """
     provider = next((p for p in providers if available(p)), None)
     if provider is None:
         raise EngineError(f"engine.providers: none of {', '.join(providers)} is installed here; install d2sd-triton[cpu]")
-    if precision == "auto":
-        precision = "bf16" if provider == "openvino" and _has_amx() else "f32"
-    if precision == "bf16" and provider != "openvino":
-        raise EngineError(f"engine.precision: found bf16, allowed with the {provider} provider: f32")
-    return provider, precision
+    return provider
 
 
 def _has_cuda_driver() -> bool:
@@ -54,27 +47,6 @@ def _has_cuda_driver() -> bool:
     except OSError:
         return False
     return True
-
-
-def _has_amx() -> bool:
-    """Whether the CPU multiplies bf16 in tiles. Without them OpenVINO's bf16 is slower than its f32 from 16 rows on,
-    though it calls the CPU able (docs/engines.md)."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-
-
-@cache  # a library can be registered once
-def _openvino_device() -> Any:
-    """OpenVINO's CPU device, its plugin registered; None if it is not installed, or offers none: it wants a CPU of Intel's."""
-    try:
-        import onnxruntime_ep_openvino
-    except ImportError:
-        return None
-    ort.register_execution_provider_library(OPENVINO, onnxruntime_ep_openvino.get_library_path())
-    devices = [d for d in ort.get_ep_devices() if d.ep_name == OPENVINO]
-    return next((d for d in devices if d.ep_metadata.get("ov_device") == "CPU"), None)
 
 
 @dataclass(frozen=True)
@@ -89,58 +61,37 @@ class Call:
     held: list[Buffer]  # a binding does not keep its values alive
 
 
-class OnnxRuntimeEngine(Engine):
+class OnnxRuntimeEngine(DenseEngine):
     """A graph in ONNX Runtime.
 
     Args:
         path: the ``.onnx`` file.
-        provider, precision: as ``choose`` returned them.
+        provider: as ``choose`` returned it.
         threads: of the CPU; 0 takes all cores.
     """
 
-    def __init__(self, path: Path, info: GraphInfo, provider: Provider, precision: str, threads: int = 0) -> None:
+    def __init__(self, path: Path, info: GraphInfo, provider: Provider, threads: int = 0) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # Or the threads of one engine, waiting for its next call, keep the cores from the engine that is called in between.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}, {precision}"
-        self._memory: Any = None
-        if provider == "openvino":
-            device = _openvino_device()
-            # OpenVINO reads in place only what its own allocator gave; other memory is copied when it is bound.
-            self._memory = device.memory_info(ort.OrtDeviceMemoryType.HOST_ACCESSIBLE)
-            cpu = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": options.intra_op_num_threads}
-            options.add_provider_for_devices([device], {"load_config": json.dumps({"CPU": cpu})})
-            self.session = ort.InferenceSession(path, options)
-        else:
-            # Without TF32, which the provider turns on by itself: f32 is f32, answers do not change.
-            names: list[Any] = [(CUDA, {"use_tf32": "0"}), CPU] if provider == "cuda" else [CPU]
-            if provider == "cuda":
-                ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip put them
-            self.session = ort.InferenceSession(path, options, providers=names)
-            if provider == "cuda" and CUDA not in self.session.get_providers():
-                raise EngineError(
-                    "engine.providers: cuda is installed, but its libraries do not load (ONNX Runtime says which, above); "
-                    "install d2sd-triton[gpu], or leave cuda out of engine.providers"
-                )
+        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}, f32"
+        # Without TF32, which the provider turns on by itself: f32 is f32, answers do not change.
+        names: list[Any] = [(CUDA, {"use_tf32": "0"}), CPU] if provider == "cuda" else [CPU]
+        if provider == "cuda":
+            ort.preload_dlls()  # CUDA's and cuDNN's libraries, where pip put them
+        self.session = ort.InferenceSession(path, options, providers=names)
+        if provider == "cuda" and CUDA not in self.session.get_providers():
+            raise EngineError(
+                "engine.providers: cuda is installed, but its libraries do not load (ONNX Runtime says which, above); "
+                "install d2sd-triton[gpu], or leave cuda out of engine.providers"
+            )
         self._calls: OrderedDict[Any, Call] = OrderedDict()
         super().__init__(info)
 
     def allocate(self, sequences: int, capacity: int) -> list[Buffer]:
         shape = (sequences, self.info.kv_heads, capacity, self.info.head_dim)
-        buffers = [self._buffer(shape, np.float32) for _ in self.info.cache_bindings]
-        for buffer in buffers:
-            buffer.array.fill(0)
-        return buffers
-
-    def _buffer(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        if self._memory is None:
-            array = np.empty(shape, dtype)
-            return Buffer(array, ort.OrtValue.ortvalue_from_numpy(array))
-        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, memory_info=self._memory)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = memoryview((ctypes.c_char * size).from_address(value.data_ptr()))
-        return Buffer(np.frombuffer(memory, np.dtype(dtype)).reshape(shape), value)
+        return [_buffer(shape, np.float32) for _ in self.info.cache_bindings]
 
     def call(self, cache: KVCache, inputs: dict[str, NDArray]) -> tuple[dict[str, NDArray], list[NDArray]]:
         key = (id(cache), *(value.shape for value in inputs.values()))
@@ -156,18 +107,18 @@ class OnnxRuntimeEngine(Engine):
 
     def _bind(self, cache: KVCache, inputs: dict[str, NDArray]) -> Call:
         """Make room for the inputs and outputs of a call of this shape and bind it all."""
-        for key in [k for k, b in self._calls.items() if b.cache is not self.running and b.cache is not self.joining]:
+        for key in [k for k, b in self._calls.items() if not self.in_use(b.cache)]:
             del self._calls[key]
         io = self.session.io_binding()
-        given = {name: self._buffer(value.shape, value.dtype.type) for name, value in inputs.items()}
-        given["past_lengths"] = self._buffer(cache.lengths.shape, np.int64)
+        given = {name: _buffer(value.shape, value.dtype.type) for name, value in inputs.items()}
+        given["past_lengths"] = _buffer(cache.lengths.shape, np.int64)
         given |= {f"past_{name}": buffer for name, buffer in zip(self.info.cache_bindings, cache.buffers, strict=True)}
         sizes: dict[str | int, int] = {}
         for value in self.session.get_inputs():
             io.bind_ortvalue_input(value.name, given[value.name].value)
             sizes.update(zip(value.shape, given[value.name].array.shape, strict=True))
         made = {
-            value.name: self._buffer(tuple(sizes.get(d, d) for d in value.shape), NUMPY[value.type])
+            value.name: _buffer(tuple(sizes.get(d, d) for d in value.shape), NUMPY[value.type])
             for value in self.session.get_outputs()
         }
         for name, buffer in made.items():
@@ -184,3 +135,8 @@ class OnnxRuntimeEngine(Engine):
 
 
 NUMPY: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(bool)": np.bool_}
+
+
+def _buffer(shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+    array = np.zeros(shape, dtype)
+    return Buffer(array, ort.OrtValue.ortvalue_from_numpy(array))

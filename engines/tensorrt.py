@@ -18,7 +18,8 @@ from torch import Tensor
 
 from engines import sampling
 from engines.cache_write import write_rows
-from engines.engine import Array, Engine, EngineError, Features, GraphInfo
+from engines.dense import DenseEngine
+from engines.engine import Array, EngineError, GraphInfo
 from engines.kv_cache import Buffer, KVCache
 from engines.tensorrt_library import library
 
@@ -71,10 +72,10 @@ class DeviceKVCache(KVCache):
 
 
 class DevicePass:
-    """A pass of the target whose logits ``[B, N, V]`` and features ``[B, N, F]`` lie on the device."""
+    """A pass of the target whose logits ``[B, N, V]`` lie on the device."""
 
-    def __init__(self, logits: Tensor, features: Tensor) -> None:
-        self._logits, self._features = logits, features
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
         self._best: Tensor | None = None
         self._how: Tensor | None = None
 
@@ -93,9 +94,6 @@ class DevicePass:
         logits = self._logits[torch.arange(len(nodes), device=nodes.device), nodes]
         drawn = draw(logits, temperature, (top_k, top_p) if cut else None, uniforms[:, None])
         return torch.where(greedy[:, 0] > 0, best, drawn)
-
-    def features(self, sequence: int, nodes: Sequence[int]) -> Tensor:
-        return self._features[sequence].index_select(0, to_device(np.array(nodes), self._features.device))
 
 
 def draw(logits: Tensor, temperature: Tensor, cut: tuple[Tensor, Tensor] | None, uniforms: Tensor) -> Tensor:
@@ -143,7 +141,7 @@ class Call:
     graph: torch.cuda.CUDAGraph | None = field(default=None)
 
 
-class TensorRTEngine(Engine):
+class TensorRTEngine(DenseEngine):
     """A compiled engine on a GPU.
 
     Args:
@@ -194,15 +192,11 @@ class TensorRTEngine(Engine):
     def read(self, array: Tensor) -> NDArray:
         return array.cpu().numpy()
 
-    def stack(self, features: Sequence[Features | None], rows: int) -> Tensor:
-        stacked = torch.zeros(len(features), rows, self.info.feature_width, device=self.device)
-        for own, place in zip(features, stacked, strict=True):
-            if own is not None:
-                place[: len(own)] = own
-        return stacked
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
 
-    def verified(self, outputs: dict[str, Array]) -> DevicePass:
-        return DevicePass(outputs["logits"], outputs["features"])
+    def verified(self, logits: Tensor) -> DevicePass:
+        return DevicePass(logits)
 
     def call(self, cache: KVCache, inputs: dict[str, Array]) -> tuple[dict[str, Array], list[Array]]:
         inputs = {**inputs, "past_lengths": cache.lengths}
@@ -239,7 +233,7 @@ class TensorRTEngine(Engine):
 
     def _bind(self, cache: KVCache, shapes: dict[str, tuple[int, ...]]) -> Call:
         """Make room for the inputs and outputs of a call of these shapes, and bind it all to a context of its own."""
-        for key in [k for k, c in self._calls.items() if c.cache is not self.running and c.cache is not self.joining]:
+        for key in [k for k, c in self._calls.items() if not self.in_use(c.cache)]:
             del self._calls[key]
         past = cache.buffers[0].value
         shapes = shapes | {name: tuple(view.shape) for name, view in past.items()}

@@ -67,15 +67,18 @@ class EngineSection(Section):
         "auto",
         description="auto: as they lie in a quantised GGUF file, else int8 where that keeps the target's answers, else f32",
     )
-    providers: list[Literal["cuda", "openvino", "cpu"]] = Field(
-        ["cuda", "openvino", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
+    providers: list[Literal["cuda", "cpu"]] = Field(
+        ["cuda", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
     )
     precision: Literal["auto", "f32", "bf16", "f16"] = Field(
-        "auto", description="auto: bf16 where the hardware multiplies bf16 matrices (AMX, GPU), else f32; f16: TensorRT alone"
+        "auto",
+        description="auto: bf16 where the runtime multiplies bf16 matrices in hardware, else f32; f16: TensorRT alone",
     )
 
     @model_validator(mode="after")
     def _compiled(self) -> "EngineSection":
+        if self.backend == "onnxruntime" and self.precision not in ("auto", "f32"):
+            raise ValueError("precision auto or f32 with backend onnxruntime")
         if self.backend == "openvino" and self.precision == "f16":
             raise ValueError("precision auto, f32 or bf16 with backend openvino")
         if self.backend == "tensorrt" and self.precision == "f32":  # the plugin's kernel has no f32 form
@@ -84,7 +87,7 @@ class EngineSection(Section):
 
     @property
     def graph_dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """What the graphs are exported in: on a CPU the runtime lowers the precision itself, TensorRT computes in the graph's types."""
+        """What the graphs are exported in: OpenVINO lowers the precision itself, TensorRT computes in the graph's types."""
         if self.backend in ("openvino", "onnxruntime"):
             return "float32"
         return {"f32": "float32", "f16": "float16"}.get(self.precision, "bfloat16")  # type: ignore[return-value]

@@ -11,7 +11,8 @@ from typing import Any
 import onnx
 
 from engines import tensorrt_library
-from engines.engine import SIZES, EngineError, padded
+from engines.dense import LONGEST, SIZES, padded
+from engines.engine import EngineError
 from engines.kv_cache import SMALLEST, capacity_for
 from export.config import UserError
 
@@ -43,7 +44,7 @@ def device(backend: str) -> str | None:
 
 
 def profiles(graph: str, block_size: int, branches: int, sequences: int, length: int) -> Profiles:
-    """The shapes that an engine is tuned for and accepts: what the engine's calls in ``engines/engine.py`` can ask for.
+    """The shapes that an engine is tuned for and accepts: what the models in ``engines/dense.py`` can ask for.
 
     Args:
         graph: target, first or second. block_size: γ. branches: K. sequences: B at most. length: of a sequence, at most.
@@ -53,10 +54,10 @@ def profiles(graph: str, block_size: int, branches: int, sequences: int, length:
     """
     batch = (1, 1, sequences)
     capacity = (SMALLEST, max(SMALLEST, min(1024, capacity_for(length))), capacity_for(length))
-    chunk = (1, SIZES[-1], SIZES[-1])
+    piece = (1, SIZES[-1], LONGEST)
     if graph == "target":
         nodes = padded(1 + (branches + 1) * (block_size - 1))
-        calls: Profiles = {"decode": {"N": (1, 1, 1)}, "verify": {"N": (1, nodes, nodes)}, "prefill": {"N": chunk}}
+        calls: Profiles = {"decode": {"N": (1, 1, 1)}, "verify": {"N": (1, nodes, nodes)}, "prefill": {"N": piece}}
         for axes in calls.values():
             axes["T"] = axes["N"]
     else:
@@ -64,11 +65,11 @@ def profiles(graph: str, block_size: int, branches: int, sequences: int, length:
         calls = {
             "draft": {"N": (1, block, block), "M": committed},
             "redraft": {"N": (1, redraft, redraft), "M": committed},
-            "prefill": {"N": (1, 1, 1), "M": chunk},
+            "catch_up": {"N": (1, block, max(block, redraft)), "M": piece},
         }
         for axes in calls.values():
             axes["T"] = tuple(m + n for m, n in zip(axes["M"], axes["N"], strict=True))  # type: ignore[assignment]
-    return {name: {"B": (1, 1, 1) if name == "prefill" else batch, "C": capacity, **axes} for name, axes in calls.items()}
+    return {name: {"B": batch, "C": capacity, **axes} for name, axes in calls.items()}
 
 
 def build_engine(backend: str, graph: Path, engine: Path, shapes: Profiles, cache: Path) -> dict[str, Any]:

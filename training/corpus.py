@@ -21,7 +21,7 @@ from decoding.sampling import Sampling
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence as Decoding
 from engines.build_directory import BuildDirectory
-from engines.engine import Target
+from engines.dense import Target
 from export.build import build
 from export.config import UserError, load
 from training.prompts import OPENINGS, Prompt, PromptError, chat_ids, opening_ids, read_prompts, without_overlap

@@ -19,7 +19,7 @@ from decoding.modes import MODES, ModeName, Redraft
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
-from engines.engine import Drafter
+from engines.dense import Drafter
 from export import checkpoints
 from export.build import build
 from export.config import Pipeline, UserError, load

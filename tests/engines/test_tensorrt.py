@@ -82,28 +82,31 @@ def test_the_double_has_the_names_of_the_real_library():
 def test_rows_go_through_the_cache_by_address(compiled):
     """Kept rows are what the next call reads, in every layer's place, through growth and a second sequence."""
     one = engine(compiled)
+    numbers = [one.open([], 0), one.open([], 0)]
     first, second = rows(1, 5, 1), rows(1, 5, 2)
-    for value in (first, second):
-        one.prefill({"x": value}, 5)
-        one.join(None)
+    for number, value in zip(numbers, (first, second), strict=True):
+        one.run([number], {"x": value})
+        one.keep([range(5)])
     given = rows(2, 8, 3)
-    one.run({"x": given})
+    one.run(numbers, {"x": given})
     one.keep([[0, 2, 7], []])
     one.keep([[], [5]])
-    found = one.run({"x": rows(2, 1)})
+    found = one.run(numbers, {"x": rows(2, 1)})
     kept = found["kept"].numpy()
     np.testing.assert_array_equal(kept[0, :, :8], 2 * np.concatenate([first[0], given[0][:, [0, 2, 7]]], 1))
     np.testing.assert_array_equal(kept[1, :, :6], 2 * np.concatenate([second[0], given[1][:, [5]]], 1))
     assert found["lengths"].tolist() == [8, 6]
-    one.running = one.running.fitting(300)
-    grown = one.run({"x": rows(2, 1)})["kept"].numpy()
+    for _ in range(249):
+        one.keep([[0], []])
+    grown = one.run(numbers, {"x": rows(2, 1)})["kept"].numpy()
     assert grown.shape[2] == 512
-    np.testing.assert_array_equal(grown[:, :, :256], kept)
+    np.testing.assert_array_equal(grown[0, :, :8], kept[0, :, :8])
+    np.testing.assert_array_equal(grown[1], np.pad(kept[1], ((0, 0), (0, 256), (0, 0))))
 
 
 def test_each_layers_new_rows_lie_where_they_may_be_bound(compiled):
     one = engine(compiled)
-    one.prefill({"x": rows(1, 3)}, 3)
+    one.run([one.open([], 0)], {"x": rows(1, 3)})
     (call,) = one._calls.values()
     assert call.new.shape == (2, 1, 3, 3, 8)
     assert call.new.stride(0) * 4 % ALIGNMENT == 0
@@ -120,12 +123,11 @@ def test_a_call_takes_the_first_profile_that_it_fits_into(compiled):
 
 def test_calls_of_a_cache_that_is_gone_are_dropped(compiled):
     one = engine(compiled)
-    one.prefill({"x": rows(1, 3)}, 3)
-    one.join(None)
-    one.run({"x": rows(1, 1)})
-    small, one.running = one.running, one.running.fitting(300)
-    one.run({"x": rows(1, 1)})
-    assert [call.cache for call in one._calls.values()] == [one.running] != [small]
+    a, b = one.open([], 0), one.open([], 0)
+    one.run([a], {"x": rows(1, 1)})
+    one.run([a, b], {"x": rows(2, 1)})
+    one.run([a, b], {"x": rows(2, 2)})
+    assert {id(call.cache) for call in one._calls.values()} == {id(one._places[a][0])}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,8 @@ def test_a_choice_on_the_device_is_that_on_the_host(seed, size, rows):
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=3, size=(len(rows), 3, size)).astype(np.float32)
     nodes = rng.integers(0, 3, len(rows))
-    expected = HostPass(logits, logits).choose(nodes, how, uniforms)
-    one = DevicePass(torch.tensor(logits), torch.tensor(logits))
+    expected = HostPass(logits).choose(nodes, how, uniforms)
+    one = DevicePass(torch.tensor(logits))
     found = one.choose(torch.tensor(nodes), how, torch.tensor(uniforms)).tolist()
     for b, (each, uniform) in enumerate(rows):
         if found[b] != expected[b]:  # the uniform number lies on the border of two tokens
@@ -192,15 +194,15 @@ def test_the_ends_of_a_draw():
 
 
 def test_a_walk_that_has_ended_may_ask_on():
-    one = DevicePass(torch.randn(2, 5, 30), torch.randn(2, 5, 4))
+    one = DevicePass(torch.randn(2, 5, 30))
     nodes, uniforms = torch.tensor([3, -2]), torch.zeros(2).double()
     assert one.choose(nodes, [Sampling()] * 2, uniforms)[0] == one._logits[0, 3].argmax()
     one.choose(nodes, [Sampling(1.0), Sampling()], uniforms)
-    assert torch.equal(one.features(1, [4, 0]), one._features[1, [4, 0]])
 
 
 def test_device_caches_are_one_tensor(compiled):
-    cache = engine(compiled).joining
+    one = engine(compiled)
+    cache, _ = one._places[one.open([], 0)]
     assert isinstance(cache, DeviceKVCache)
     assert isinstance(cache, KVCache)
     (buffer,) = cache.buffers

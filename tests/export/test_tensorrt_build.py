@@ -38,9 +38,10 @@ def record(root, graph):
 def contract(graph, info, dtype):
     """The bindings of docs/method.md's graphs: mode, dtype and shape by name."""
     heads, dim = info["kv_heads"], info["head_dim"]
-    given = {"positions": ("INT64", ["B", "N"]), "mask": ("BOOL", ["B", "N", "T"]), "past_lengths": ("INT64", ["B"])}
+    given = {"positions": ("INT64", ["B", "T"]), "mask": ("BOOL", ["B", "N", "T"]), "past_lengths": ("INT64", ["B"])}
     if graph == "target":
-        given["token_ids"], new = ("INT64", ["B", "N"]), "N"
+        given["token_ids"] = given["positions"] = ("INT64", ["B", "N"])
+        new = "N"
         made = {
             "logits": ("FLOAT", ["B", "N", info["vocabulary"]]),
             "features": ("FLOAT", ["B", "N", info["feature_width"]]),
@@ -102,12 +103,19 @@ def test_profiles_cover_what_the_engines_are_called_with():
     assert {name: axes["N"] for name, axes in target.items()} == {
         "decode": (1, 1, 1),
         "verify": (1, 40, 40),  # 1 + (K + 1)(γ - 1) = 36 nodes at most, padded
-        "prefill": (1, 128, 128),
+        "prefill": (1, 128, 256),
     }
     assert all(axes["T"] == axes["N"] and axes["C"] == (256, 1024, 2048) for axes in target.values())
     assert target["verify"]["B"] == (1, 1, 4)
     second = profiles("second", block_size=8, branches=4, sequences=4, length=2048)
     assert second["redraft"] == {"B": (1, 1, 4), "C": (256, 1024, 2048), "N": (1, 32, 32), "M": (1, 4, 8), "T": (2, 36, 40)}
+    assert second["catch_up"] == {
+        "B": (1, 1, 4),
+        "C": (256, 1024, 2048),
+        "N": (1, 8, 32),
+        "M": (1, 128, 256),
+        "T": (2, 136, 288),
+    }
 
 
 @pytest.mark.parametrize(("backend", "hint"), [("tensorrt", "NVIDIA's Triton container"), ("tensorrt_rtx", "pip install")])
