@@ -12,14 +12,14 @@ from decoding.modes import MODES
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from engines.sampling import distribution
-from tests.decoding.toys import VOCABULARY, ToyDrafter, ToyTarget, logits_after
+from tests.decoding.toys import VOCABULARY, ToyCosts, ToyDrafter, ToyTarget, logits_after
 
 
-def decoder(mode="d2sd", *, vocabulary=VOCABULARY, ragged=True, remembers=0, **options):
+def decoder(mode="d2sd", *, vocabulary=VOCABULARY, costs=None, ragged=True, remembers=0, **options):
     target = ToyTarget(vocabulary, ragged, remembers=remembers)
     drafters = [ToyDrafter(target, noise, seed, remembers=remembers) for noise, seed in ((0.7, 1), (0.5, 2))]
     options = {"block_size": 5, "branches": 3} | options
-    return Decoder(target, *drafters, mode=mode, vocabulary=vocabulary, **options)
+    return Decoder(target, *drafters, mode=mode, vocabulary=vocabulary, costs=costs or ToyCosts(), **options)
 
 
 def run(decoder, sequences, slots=1, piece=3):

@@ -162,3 +162,38 @@ class ToyDrafter(ToySequences):
 
 def _common(a: list[int], b: list[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class ToyCosts:
+    """Staircases: a call takes a base, and a step for every so many rows.
+
+    Args:
+        base, step: seconds. width: rows of a step. noise: of all seconds said, as a factor, random each time.
+        first, second: a drafter's seconds by the target's.
+    """
+
+    def __init__(self, base=1.0, step=0.25, width=8, first=0.2, second=0.2, noise=0.0, seed=0) -> None:
+        self.base, self.step, self.width, self.share = base, step, width, {"target": 1.0, "first": first, "second": second}
+        self.noise, self.rng = noise, np.random.default_rng(seed)
+        self.observed: list[tuple] = []
+
+    def _seconds(self, engine, rows, sequences, context):
+        assert rows.dtype == np.int64
+        assert (rows >= sequences).all()
+        assert context >= 0
+        seconds = self.share[engine] * (self.base + self.step * np.ceil(rows / self.width))
+        return seconds * np.exp(self.noise * self.rng.normal(size=rows.shape))
+
+    def target(self, rows, sequences, context):
+        return self._seconds("target", rows, sequences, context)
+
+    def first(self, rows, sequences, context):
+        return self._seconds("first", rows, sequences, context)
+
+    def second(self, rows, sequences, context):
+        return self._seconds("second", rows, sequences, context)
+
+    def observe(self, engine, rows, sequences, context, seconds):
+        assert engine in self.share
+        assert seconds >= 0
+        self.observed.append((engine, rows, sequences, context))
