@@ -35,7 +35,7 @@ class Decoder:
         vocabulary: V, from which ``random_redraft`` draws. costs: of the engines' calls, by which ``auto`` plans.
 
     Attributes:
-        verified: tokens of the last cycle, pieces of prompts aside.
+        verified: tokens of the last cycle, pieces of prompts aside. walks: what became of its trees.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Decoder:
         self.target, self.costs = target, costs
         self.numbers: dict[Sequence, int] = {}
         self.host = is_numpy_namespace(array_namespace(target.send(np.zeros(1))))
-        self.verified = 0
+        self.verified, self.walks = 0, list[Walk]()
         self.drafting = Drafting(
             target,
             Follower(first, target, self.numbers, block_size, partial(self._ran, "first")) if first else None,
@@ -114,11 +114,11 @@ class Decoder:
         self.verified = sum(tree.counts)
         rows = [*sequences, *(s for s, _ in pieces)]
         verified = self.run(rows, [tree, *self._chains(pieces)], len(pieces))
-        walks = self.walk(sequences, tree, verified, len(pieces))
-        kept = [walk.accepted[: len(walk.said)] for walk in walks]
+        self.walks = self.walk(sequences, tree, verified, len(pieces))
+        kept = [walk.accepted[: len(walk.said)] for walk in self.walks]
         self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
-        self.drafting.learn(walks)
-        return [walk.said for walk in walks]
+        self.drafting.learn(self.walks)
+        return [walk.said for walk in self.walks]
 
     def run(self, sequences: Many[Sequence], trees: Many[PrefixTree], silent: int) -> Pass:
         """One target pass over the nodes of all trees; each follows what is in its sequence's cache. silent: how many of the
