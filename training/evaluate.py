@@ -27,10 +27,9 @@ from training import report
 from training.corpus import Answer, Answerer, read_corpus
 from training.features import Features
 from training.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
-from training.replay import HostDrafter, Record, RecordingDrafter, ReplayTarget
+from training.replay import ROWS, HostDrafter, Record, RecordingDrafter, ReplayTarget
 
 SLOTS = 8  # answers decoded together
-ROWS = 16  # of a best-first tree that names none
 MEASURED = tuple(name for name, mode in MODES.items() if name != "autoregressive" and not mode.planned)
 DEFAULT_MODES = (
     *(f"{mode}@{rows}" for mode in ("lookup", "ddtree", "first_text", "first_second", "pooled") for rows in (8, 12, 16, 32)),

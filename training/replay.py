@@ -16,6 +16,8 @@ from decoding.engines import Bools, DrafterEngine, Features, Floats, Ints
 from decoding.sampling import Sampling
 from training.corpus import Answer
 
+ROWS = 16  # of a best-first tree that names none
+
 
 @dataclass
 class Record:

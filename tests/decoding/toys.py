@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import torch
 
 from engines.sampling import choose
 
@@ -84,6 +85,8 @@ class ToyTarget(ToySequences):
             assert not mask[b, :, counts[b] :].any()
             for node in range(counts[b]):
                 seen = np.flatnonzero(mask[b, node])
+                if not len(seen):
+                    continue  # a filler, of which only a device knows
                 cache = self.caches[sequence]
                 assert positions[b, seen].tolist() == list(range(len(cache), len(cache) + len(seen))), "a gap or a fork"
                 assert seen[-1] == node
@@ -197,3 +200,45 @@ class ToyCosts:
         assert engine in self.share
         assert seconds >= 0
         self.observed.append((engine, rows, sequences, context))
+
+
+class OnDevice:
+    """A toy engine behind a device's memory, for which PyTorch's stands; what is read is counted."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.reads = engine, 0
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def send(self, array):
+        return torch.tensor(array)
+
+    def read(self, array):
+        self.reads += 1
+        return _host(array)
+
+    def forward(self, sequences, *arrays):
+        made = self.engine.forward(sequences, *map(_host, arrays))
+        return OnDevicePass(made) if isinstance(made, ToyPass) else tuple(map(torch.tensor, made))
+
+    def features(self, *where):
+        return torch.tensor(self.engine.features(*where))
+
+
+class OnDevicePass:
+    def __init__(self, made) -> None:
+        self.made = made
+
+    def choose(self, nodes, sampling, uniforms):
+        return torch.tensor(self.made.choose(_host(nodes), sampling, _host(uniforms)))
+
+
+def _host(x):
+    """What a toy's own inside sees of what it is handed."""
+    if isinstance(x, torch.Tensor):
+        return NUMPY(x)
+    return [_host(part) for part in x] if isinstance(x, list) else x
+
+
+NUMPY = torch.Tensor.numpy
