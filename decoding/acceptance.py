@@ -1,13 +1,33 @@
 """The acceptance walk: which drafted tokens the target would have said itself (docs/method.md §5)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
 from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
+from decoding.sequence import Sequence
 
 GONE = -2  # where a walk has ended: no node, and no node's parent
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A sequence's way through its tree.
+
+    Attributes:
+        accepted: nodes, the anchor first. said: what was committed: fewer tokens where the answer ends among them.
+        parents, depths, origins, values: of the tree's nodes (``PrefixTree``).
+    """
+
+    sequence: Sequence
+    accepted: list[int]
+    said: list[int]
+    parents: list[int]
+    depths: list[int]
+    origins: list[int]
+    values: list[float]
 
 
 def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array, Array]:

@@ -19,21 +19,6 @@ from decoding.sources import Source
 
 
 @dataclass(frozen=True)
-class Grown:
-    """Trees of at most N nodes, most valuable first.
-
-    Attributes:
-        tree: the trees.
-        values: ``[B, N]`` f32, the probability that the target accepts each node; of the anchor 1, of a filler 0.
-        origins: ``[B, N]`` int64, who proposed it (``sources.ORIGINS``).
-    """
-
-    tree: PrefixTree
-    values: Array
-    origins: Array
-
-
-@dataclass(frozen=True)
 class Options:
     """What is proposed behind each of F paths: tokens, probabilities and origins, ``[B, F, W]``."""
 
@@ -42,20 +27,21 @@ class Options:
     origins: Array
 
 
-def grow(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
-    """The trees of the most valuable nodes.
+def grow(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
+    """The trees of the most valuable nodes, in the order of their values.
 
     Args:
         anchors: ``[B]`` int64. sources: one at least.
-        nodes: N, the anchor among them.
+        nodes: N, the anchor among them. factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
     """
     if is_numpy_namespace(array_namespace(anchors)):
-        return _by_queue(anchors, sources, nodes)
-    return _by_depth(anchors, sources, nodes)
+        return _by_queue(anchors, sources, nodes, factors)
+    return _by_depth(anchors, sources, nodes, factors)
 
 
-def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
-    grown = [_Queue(sources, b).take(int(anchor), nodes) for b, anchor in enumerate(anchors)]
+def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
+    corrected = factors.T.tolist()
+    grown = [_Queue(sources, b, corrected).take(int(anchor), nodes) for b, anchor in enumerate(anchors)]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
     tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))
@@ -68,7 +54,7 @@ def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
             if node:
                 mask[b, node] = mask[b, parent]
             mask[b, node, node] = True
-    return Grown(PrefixTree(tokens, parents, depths, mask, counts, int(depths.max())), values, origins)
+    return PrefixTree(tokens, parents, depths, mask, values, origins, counts, int(depths.max()))
 
 
 Option = tuple[float, int, int]  # probability, token, origin
@@ -77,8 +63,9 @@ Option = tuple[float, int, int]  # probability, token, origin
 class _Queue:
     """The paths behind which something is proposed for one sequence, the best proposal of each in a heap."""
 
-    def __init__(self, sources: Sequence[Source], b: int) -> None:
-        self.sources, self.b = sources, b
+    def __init__(self, sources: Sequence[Source], b: int, factors: list[list[float]]) -> None:
+        """factors: by depth, then by origin."""
+        self.sources, self.b, self.factors = sources, b, factors
         self.rows: dict[tuple[int, int], _Row] = {}
         self.known: dict[tuple[int, ...], list[Option]] = {}
 
@@ -86,19 +73,20 @@ class _Queue:
         """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
         taken = [(anchor, -1, 0, 1.0, 0)]
         start = (0,) * len(self.sources)
-        heap = [(-p, 0, 0, start) for p, _, _ in self.options(start)[:1]]  # value, node, number of its option, states
-        while heap and len(taken) < nodes:
+        heap = [(-p, 0, 0, start) for p, _, _ in self.options(start, 1)[:1]]  # value, node, number of its option, states
+        while heap and heap[0][0] < 0 and len(taken) < nodes:
             negative, parent, number, states = heap[0]
-            value, options = taken[parent][3], self.options(states)
+            value, depth = taken[parent][3], taken[parent][2] + 1
+            options = self.options(states, depth)
             if number + 1 < len(options):
                 heapq.heapreplace(heap, (-value * options[number + 1][0], parent, number + 1, states))
             else:
                 heapq.heappop(heap)
             _, token, origin = options[number]
             node = len(taken)
-            taken.append((token, parent, taken[parent][2] + 1, -negative, origin))
+            taken.append((token, parent, depth, -negative, origin))
             states = tuple([self.row(j, state).after(token) for j, state in enumerate(states)])
-            for p, _, _ in self.options(states)[:1]:
+            for p, _, _ in self.options(states, depth + 1)[:1]:
                 heapq.heappush(heap, (negative * p, node, 0, states))
         return taken
 
@@ -107,8 +95,8 @@ class _Queue:
             self.rows[source, state] = _Row(self.sources[source], self.b, state)
         return self.rows[source, state]
 
-    def options(self, states: tuple[int, ...]) -> list[Option]:
-        """What is proposed, likeliest first; joined as ``_joined`` does."""
+    def options(self, states: tuple[int, ...], depth: int) -> list[Option]:
+        """What is proposed at a depth, likeliest first; joined as ``_joined`` does."""
         if states not in self.known:
             proposals = [row.options for j, state in enumerate(states) if (row := self.row(j, state)).options]
             joined = proposals[0] if proposals else []
@@ -119,8 +107,10 @@ class _Queue:
                     q, by = theirs.pop(token, (0.0, 0))
                     both.append((1 - (1 - p) * (1 - q), token, origin | by))
                 left = max(0.0, 1 - sum(p for p, _, _ in both))
-                joined = both + ([(p * left, token, origin) for token, (p, origin) in theirs.items()] if left else [])
-            self.known[states] = sorted(joined, key=_likelihood)
+                joined = both + [(p * left, token, origin) for token, (p, origin) in theirs.items()]
+            factor = self.factors[min(depth, len(self.factors) - 1)]
+            corrected = [(p * factor[by] / (1 - p + p * factor[by]), token, by) for p, token, by in joined]
+            self.known[states] = sorted(corrected, key=_likelihood)
         return self.known[states]
 
 
@@ -143,7 +133,7 @@ def _likelihood(option: Option) -> float:
     return -option[0]
 
 
-def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
+def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
     xp = array_namespace(anchors)
     batch = anchors.shape[0]
     here = {"device": device(anchors)}
@@ -154,7 +144,10 @@ def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
     for depth in range(1, max(source.height for source in sources) + 1):
         options = _joined([_proposed(source, state) for source, state in zip(sources, states, strict=True)])
         width = options.tokens.shape[2]
-        reached = xp.reshape(value[..., None] * options.probabilities, (batch, -1))
+        factor = factors[:, min(depth, factors.shape[1] - 1)]
+        factor = xp.reshape(xp.take(factor, xp.reshape(options.origins, (-1,))), options.origins.shape)
+        odds = options.probabilities * factor
+        reached = xp.reshape(value[..., None] * odds / (1 - options.probabilities + odds), (batch, -1))
         best = xp.argsort(-reached, axis=-1, stable=True)[:, : max(nodes - 1, 1)]
         above = best // width
         value, token, origin = (
@@ -172,7 +165,7 @@ def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int) -> Grown:
 
 def _chosen(
     tokens: list[Array], parents: list[Array], depths: list[int], values: list[Array], origins: list[Array], nodes: int
-) -> Grown:
+) -> PrefixTree:
     """The best of all nodes that were kept at some depth, as a tree."""
     xp = array_namespace(tokens[0])
     batch = tokens[0].shape[0]
@@ -195,15 +188,16 @@ def _chosen(
         path = xp.astype(xp.matmul(path, path) > 0, xp.float32)
     mask = (path > 0) & real[..., None]
     height = max(depths)
-    tree = PrefixTree(
+    return PrefixTree(
         tokens=xp.where(real, _pick(xp.concat(tokens, axis=1), order), 0),
         parents=parent,
         depths=xp.where(real, _pick(depth, order), 0),
         mask=mask,
+        values=xp.where(value > 1, 1.0, value),
+        origins=xp.where(real, _pick(xp.concat(origins, axis=1), order), 0),
         counts=[order.shape[1]] * batch,
         height=height,
     )
-    return Grown(tree, xp.where(value > 1, 1.0, value), xp.where(real, _pick(xp.concat(origins, axis=1), order), 0))
 
 
 def _proposed(source: Source, states: Array) -> Options:
@@ -227,13 +221,13 @@ def _joined(proposals: Sequence[Options]) -> Options:
     xp = array_namespace(proposals[0].tokens)
     joined = proposals[0]
     for other in proposals[1:]:
-        same = other.tokens[..., :, None] == joined.tokens[..., None, :]
+        same = (other.tokens[..., :, None] == joined.tokens[..., None, :]) & (other.tokens[..., :, None] >= 0)
         theirs = xp.sum(xp.where(same, joined.probabilities[..., None, :], 0.0), axis=-1)
         both = 1 - (1 - other.probabilities) * (1 - theirs)
         left = 1 - xp.sum(both, axis=-1, keepdims=True)
         left = xp.where(left < 0, 0.0, left)
         alone = xp.where(xp.any(same, axis=-2), 0.0, joined.probabilities * left)
-        origins = other.origins + xp.sum(xp.where(same, joined.origins[..., None, :], 0), axis=-1)
+        origins = other.origins | xp.sum(xp.where(same, joined.origins[..., None, :], 0), axis=-1)
         joined = Options(
             xp.concat([other.tokens, joined.tokens], axis=-1),
             xp.concat([both, alone], axis=-1),

@@ -4,22 +4,24 @@ All sequences of a batch go through it as one array, by the Python array API sta
 host's memory, PyTorch's on a device. There nothing is waited for but what was accepted, at the end of the cycle.
 """
 
+import time
 from collections.abc import Sequence as Many
+from functools import partial
 
 import numpy as np
-from array_api_compat import array_namespace
-from numpy.typing import NDArray
+from array_api_compat import array_namespace, is_numpy_namespace
 
 from decoding import acceptance, prefix_tree
-from decoding.acceptance import GONE
+from decoding.acceptance import GONE, Walk
 from decoding.drafting import Drafting
-from decoding.engines import Array, DrafterEngine, Pass, TargetEngine
+from decoding.engines import Array, Costs, DrafterEngine, Pass, TargetEngine
 from decoding.follower import Follower
 from decoding.modes import ModeName, Redraft, Selection
 from decoding.prefix_tree import PrefixTree
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 
+VALUE_ONE = 2.0**32  # probabilities are read as integers, with all else
 Piece = tuple[Sequence, int]  # so many more tokens of a prompt
 
 
@@ -30,10 +32,10 @@ class Decoder:
         first, second: None where no mode that drafts is asked for.
         mode: of sequences that name none.
         block_size: γ. branches: K. rows: of a best-first tree, the anchor among them.
-        vocabulary: V, from which ``random_redraft`` draws.
+        vocabulary: V, from which ``random_redraft`` draws. costs: of the engines' calls, by which ``auto`` plans.
 
     Attributes:
-        verified: tokens of the last cycle, pieces of prompts aside.
+        verified: tokens of the last cycle, pieces of prompts aside. walks: what became of its trees.
     """
 
     def __init__(
@@ -49,20 +51,23 @@ class Decoder:
         vocabulary: int,
         selection: Selection = "confidence",
         redraft: Redraft = "exclusive",
+        costs: Costs | None = None,
     ) -> None:
-        self.target = target
+        self.target, self.costs = target, costs
         self.numbers: dict[Sequence, int] = {}
-        self.verified = 0
+        self.host = is_numpy_namespace(array_namespace(target.send(np.zeros(1))))
+        self.verified, self.walks = 0, list[Walk]()
         self.drafting = Drafting(
             target,
-            Follower(first, target, self.numbers, block_size) if first else None,
-            Follower(second, target, self.numbers, block_size) if second else None,
+            Follower(first, target, self.numbers, block_size, partial(self._ran, "first")) if first else None,
+            Follower(second, target, self.numbers, block_size, partial(self._ran, "second")) if second else None,
             mode=mode,
             branches=branches,
             rows=rows,
             vocabulary=vocabulary,
             selection=selection,
             redraft=redraft,
+            costs=costs,
         )
 
     def room(self, sequence: Sequence) -> bool:
@@ -104,21 +109,16 @@ class Decoder:
             pieces = ()
         if not sequences:
             return []
-        tree = self.drafting.trees(sequences)
+        others, context = sum(count for _, count in pieces), sum(s.computed for s, _ in pieces)
+        tree = self.drafting.trees(sequences, others, context)
         self.verified = sum(tree.counts)
         rows = [*sequences, *(s for s, _ in pieces)]
         verified = self.run(rows, [tree, *self._chains(pieces)], len(pieces))
-        committed, kept = [], []
-        for sequence, nodes, tokens in zip(sequences, *self.walk(sequences, tree, verified, len(pieces)), strict=True):
-            accepted = nodes[nodes >= 0].tolist()
-            chosen = tokens[: len(accepted)].tolist()
-            count = sequence.commit(chosen)
-            sequence.cycles += 1
-            self.drafting.learn(sequence, chosen[:count])
-            committed.append(chosen[:count])
-            kept.append(accepted[:count])
+        self.walks = self.walk(sequences, tree, verified, len(pieces))
+        kept = [walk.accepted[: len(walk.said)] for walk in self.walks]
         self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
-        return committed
+        self.drafting.learn(self.walks)
+        return [walk.said for walk in self.walks]
 
     def run(self, sequences: Many[Sequence], trees: Many[PrefixTree], silent: int) -> Pass:
         """One target pass over the nodes of all trees; each follows what is in its sequence's cache. silent: how many of the
@@ -126,30 +126,49 @@ class Decoder:
         tree = prefix_tree.stack(trees)
         starts = self.target.send(np.array([s.computed for s in sequences], dtype=np.int64))
         numbers = [self.numbers[s] for s in sequences]
-        return self.target.forward(numbers, tree.tokens, starts[:, None] + tree.depths, tree.mask, tree.counts, silent)
+        began = time.perf_counter()
+        verified = self.target.forward(numbers, tree.tokens, starts[:, None] + tree.depths, tree.mask, tree.counts, silent)
+        context = sum(s.computed for s in sequences)
+        self._ran("target", sum(tree.counts), len(sequences), context, time.perf_counter() - began)
+        return verified
 
-    def walk(
-        self, sequences: Many[Sequence], tree: PrefixTree, verified: Pass, others: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The accepted nodes and the committed tokens (``acceptance.walk``). others: sequences of the pass behind these."""
+    def walk(self, sequences: Many[Sequence], tree: PrefixTree, verified: Pass, others: int) -> list[Walk]:
+        """Commit what the target says (``acceptance.walk``). others: sequences of the pass behind these."""
+        xp = array_namespace(tree.tokens)
         sampling = [*(s.sampling for s in sequences), *[Sampling()] * others]
         uniforms = np.zeros((len(sampling), tree.height + 1))
         uniforms[: len(sequences)] = [s.uniforms(tree.height + 1) for s in sequences]
-        drawn = self.target.send(uniforms)
-        none = self.target.send(np.full(others, GONE))
-        xp = array_namespace(tree.tokens)
+        drawn, none = self.target.send(uniforms), self.target.send(np.full(others, GONE))
 
         def choose(depth: int, nodes: Array) -> Array:
             return verified.choose(xp.concat([nodes, none]), sampling, drawn[:, depth])[: len(sequences)]
 
-        nodes, tokens = self.target.read(xp.stack(acceptance.walk(tree, choose)))
-        return nodes, tokens
+        found = acceptance.walk(tree, choose)
+        values = xp.astype(tree.values * VALUE_ONE, xp.int64)
+        parts = [*found, tree.parents, tree.depths, tree.origins, values]
+        # The one time that a cycle waits for a device.
+        read = self.target.read(xp.concat(parts, axis=1))
+        columns = np.split(read, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+        walks = []
+        for b, sequence in enumerate(sequences):
+            nodes, tokens, parents, depths, origins, value = (part[b].tolist() for part in columns)
+            accepted = [node for node in nodes if node >= 0]
+            said = tokens[: len(accepted)]
+            said = said[: sequence.commit(said)]
+            sequence.cycles += 1
+            walks.append(Walk(sequence, accepted, said, parents, depths, origins, [v / VALUE_ONE for v in value]))
+        return walks
 
     def keep(self, sequences: Many[Sequence], rows: Many[Many[int]]) -> None:
         """Take rows of the last pass into the cache."""
         self.target.keep(rows)
         for sequence in sequences:
             sequence.computed = self.target.length(self.numbers[sequence])
+
+    def _ran(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
+        """Tell what a call took. On a device nobody knows when it comes back."""
+        if self.costs and self.host:
+            self.costs.observe(engine, rows, sequences, context, seconds)
 
     def _chains(self, pieces: Many[Piece]) -> list[PrefixTree]:
         chains = [prefix_tree.chain(s.tokens[s.computed : s.computed + count]) for s, count in pieces]

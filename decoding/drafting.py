@@ -1,41 +1,24 @@
 """What each sequence's mode wants verified: drafts, redrafts and trees for a whole batch (docs/method.md §7)."""
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from decoding import best_first, branches, prefix_tree, sources
-from decoding.drafts import Draft, Redrafts, first_draft, redraft
-from decoding.engines import Array, TargetEngine
+from decoding.acceptance import Walk
+from decoding.auto import Auto
+from decoding.calibration import Calibration
+from decoding.drafts import first_draft, redraft
+from decoding.engines import Array, Costs, TargetEngine
 from decoding.follower import Follower
+from decoding.group import Group
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
+from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
 from decoding.sources import Source
 from decoding.text import Text
-
-
-@dataclass
-class Group:
-    """Sequences of one mode, and what was drafted for them.
-
-    Attributes:
-        members: their places in the batch. anchors: ``[b]``. drafted: their first drafts, if the mode drafts.
-    """
-
-    mode: Mode
-    members: list[int]
-    sequences: list[Sequence]
-    anchors: Array
-    drafted: Draft | None = None
-    redrafts: Redrafts | None = None
-
-    @property
-    def draft(self) -> Draft:
-        assert self.drafted is not None
-        return self.drafted
 
 
 class Drafting:
@@ -53,11 +36,17 @@ class Drafting:
         vocabulary: int,
         selection: Selection,
         redraft: Redraft,
+        costs: Costs | None,
     ) -> None:
         self.target, self.first, self.second = target, first, second
         self.mode, self.branches, self.rows, self.vocabulary = mode, branches, rows, vocabulary
         self.selection, self.redraft = selection, redraft
         self.text = Text()
+        self.calibration = Calibration()
+        self.auto: Auto | None = None
+        if costs:
+            planner = Planner(costs, first.block_size if first else 1, branches if second else 0, drafts=first is not None)
+            self.auto = Auto(target, planner, self.text, self.calibration, first, second)
 
     def followers(self, sequence: Sequence) -> list[Follower]:
         """The drafters that a sequence's mode can call."""
@@ -68,31 +57,52 @@ class Drafting:
         for follower in self.followers(sequence):
             follower.close(sequence)
         self.text.close(sequence)
+        if self.auto:
+            self.auto.planner.forget(sequence)
 
     def reset(self) -> None:
         for part in (self.first, self.second, self.text):
             if part:
                 part.reset()
 
-    def trees(self, sequences: Many[Sequence]) -> PrefixTree:
-        """The tree of each sequence, as its mode makes it. A drafter runs once for all modes that ask for the same of it."""
+    def trees(self, sequences: Many[Sequence], others: int, other_context: int) -> PrefixTree:
+        """The tree of each sequence, as its mode makes it. A drafter runs once for all modes that ask for the same of it.
+
+        Args:
+            others: rows that will be in the target's pass beside the trees. other_context: of their sequences.
+        """
         anchors = self.target.send(np.array([s.anchor for s in sequences], dtype=np.int64))
         by_mode: dict[Mode, list[int]] = {}
         for b, sequence in enumerate(sequences):
             by_mode.setdefault(self._mode(sequence), []).append(b)
-        groups = [
-            Group(mode, members, [sequences[b] for b in members], _at(anchors, members)) for mode, members in by_mode.items()
-        ]
-        self._draft([group for group in groups if group.mode.drafts], anchors)
-        self._redraft([group for group in groups if group.mode.redrafts], self.second)
-        self._redraft([group for group in groups if group.mode.branches == "first"], self.first)
+        members = by_mode.pop(MODES["auto"], [])
+        groups = [Group.of(mode, some, sequences, anchors, self.branches) for mode, some in by_mode.items()]
+        planned: list[Group] = []
+        if members:
+            assert self.auto is not None, "costs: found none, allowed with mode auto: what calls cost"
+            beside = sum(self._most(group.mode) * len(group.members) for group in groups)
+            other_context += sum(s.computed for group in groups for s in group.sequences)
+            planned = self.auto.begin(members, sequences, anchors, others + beside, other_context)
+        drafting = [group for group in (*groups, *planned) if group.mode.drafts]
+        self._draft(drafting, anchors)
+        if self.auto and planned:
+            self.auto.consider_redrafts()
+        self._redraft([group for group in drafting if group.mode.redrafts], self.second)
+        self._redraft([group for group in drafting if group.mode.branches == "first"], self.first)
         trees = [self._tree(group) for group in groups]
+        if self.auto and planned:
+            trees += self.auto.cut([self._tree(group) for group in planned])
+        groups, self.planned = groups + planned, bool(planned)
         order = [b for group in groups for b in group.members]
         return prefix_tree.stack(trees).of([order.index(b) for b in range(len(sequences))])
 
-    def learn(self, sequence: Sequence, said: Many[int]) -> None:
-        """Take note of what the target said behind the anchor of a sequence's last tree."""
-        self.text.learn(sequence, said)
+    def learn(self, walks: Many[Walk]) -> None:
+        """Take note of what the target said of the last trees."""
+        for walk in walks:
+            self.text.learn(walk.sequence, walk.said)
+            self.calibration.learn(walk)
+        if self.auto and self.planned:
+            self.auto.learn(walks)
 
     def _draft(self, groups: Many[Group], anchors: Array) -> None:
         """The first drafts, in one pass."""
@@ -113,12 +123,15 @@ class Drafting:
                 group.redrafts = redrafts
 
     def _boundaries(self, group: Group) -> Array:
-        return branches.boundaries(group.draft, group.mode.selection or self.selection, self.branches, self.target)
+        return branches.boundaries(group.draft, group.mode.selection or self.selection, group.branches, self.target)
 
     def _tree(self, group: Group) -> PrefixTree:
         if not group.mode.sources:
             return prefix_tree.merge(group.anchors, self._whole(group))
-        return best_first.grow(group.anchors, self._sources(group), self.rows).tree
+        if group.tree is not None:
+            return group.tree
+        factors = self.target.send(self.calibration.factors)
+        return best_first.grow(group.anchors, self._sources(group), group.nodes or self.rows, factors)
 
     def _sources(self, group: Group) -> list[Source]:
         """What feeds a best-first tree."""
@@ -128,7 +141,7 @@ class Drafting:
         elif group.mode.drafts:
             feeding.append(sources.first(group.draft))
         if "text" in group.mode.sources:
-            feeding.append(self.text.propose(group.sequences).sent(self.target))
+            feeding.append(group.text or self.text.propose(group.sequences).sent(self.target))
         return feeding
 
     def _whole(self, group: Group) -> Array:
@@ -151,6 +164,12 @@ class Drafting:
             else:
                 tails = branches.fixed(kept)
         return branches.behind(draft, kept, tails)
+
+    def _most(self, mode: Mode) -> int:
+        """Rows that a sequence of a mode can verify."""
+        if mode.sources:
+            return self.rows
+        return 1 + (self.first.block_size - 1 if self.first and mode.drafts else 0) * (1 + self.branches * bool(mode.branches))
 
     def _mode(self, sequence: Sequence) -> Mode:
         return MODES[sequence.mode or self.mode]

@@ -1,5 +1,7 @@
 """A drafter beside the target: it learns of committed tokens by the target's features, and only when it drafts."""
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from decoding.engines import Array, Bools, DrafterEngine, Ints, TargetEngine
 from decoding.sequence import Sequence
 
+Ran = Callable[[int, int, int, float], None]
 CATCH_UP = 256  # rows of features a call, at most
 
 
@@ -15,11 +18,13 @@ class Follower:
 
     Args:
         numbers: what the target calls each sequence; its owner goes on changing it.
-        block_size: γ.
+        block_size: γ. ran: called with each call's rows, sequences, context and seconds.
     """
 
-    def __init__(self, engine: DrafterEngine, target: TargetEngine, numbers: dict[Sequence, int], block_size: int) -> None:
-        self.engine, self.target, self.block_size = engine, target, block_size
+    def __init__(
+        self, engine: DrafterEngine, target: TargetEngine, numbers: dict[Sequence, int], block_size: int, ran: Ran
+    ) -> None:
+        self.engine, self.target, self.block_size, self.ran = engine, target, block_size, ran
         self.leaders = numbers
         self.numbers: dict[Sequence, int] = {}
 
@@ -63,4 +68,9 @@ class Follower:
         positions: Ints = np.add.outer([s.position for s in sequences], places).astype(np.int64)
         own: Bools = np.kron(np.eye(blocks, dtype=bool), np.ones((self.block_size, self.block_size), dtype=bool))
         mask = np.broadcast_to(own, (len(sequences), *own.shape))
-        return self.engine.forward(numbers, features, block_ids, positions, mask)
+        context = sum(self.engine.length(number) for number in numbers)
+        began = time.perf_counter()
+        made = self.engine.forward(numbers, features, block_ids, positions, mask)
+        rows = sum(map(len, features)) + block_ids.shape[0] * block_ids.shape[1]
+        self.ran(rows, len(sequences), context, time.perf_counter() - began)
+        return made

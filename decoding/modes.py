@@ -1,15 +1,16 @@
 """The decoding modes: what a cycle verifies, and where it comes from.
 
-``autoregressive`` is plain decoding. ``lookup`` and ``ddtree`` are best-first trees of one source, ``first_text``,
-``first_second`` and ``pooled`` of several. ``d2sd`` is the published method, ``dflash`` its first draft alone, ``runner_up``
-the gain to be had without a second drafter, and the others are its ablations: what would refute it, were acceptance length
-not to fall.
+``auto`` chooses, each cycle, what brings most for what it costs here. ``autoregressive`` is plain decoding. ``lookup`` and
+``ddtree`` are best-first trees of one source, ``first_text``, ``first_second`` and ``pooled`` of several. ``d2sd`` is the
+published method, ``dflash`` its first draft alone, ``runner_up`` the gain to be had without a second drafter, and the others
+are its ablations: what would refute it, were acceptance length not to fall.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 ModeName = Literal[
+    "auto",
     "autoregressive",
     "lookup",
     "ddtree",
@@ -40,12 +41,14 @@ class Mode:
             boundaries: the second drafter's or the first one's redraft, the first draft with its runner-up token at the
             boundary, whole blocks sampled from the first draft's distributions, random tokens, or one fixed token.
         selection: overrides the pipeline's way of choosing boundaries.
+        planned: whether a planner chooses, each cycle, which of the sources are worth their time, and how many nodes.
     """
 
     sources: frozenset[SourceName] = frozenset()
     block: bool = False
     branches: Literal["second", "first", "runner_up", "samples", "random", "fixed"] | None = None
     selection: Selection | None = None
+    planned: bool = False
 
     @property
     def drafts(self) -> bool:
@@ -63,6 +66,7 @@ def _tree(*sources: SourceName) -> Mode:
 
 
 MODES: dict[ModeName, Mode] = {
+    "auto": Mode(frozenset({"first", "second", "text"}), planned=True),
     "autoregressive": Mode(),
     "lookup": _tree("text"),
     "ddtree": _tree("first"),

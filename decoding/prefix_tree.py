@@ -20,6 +20,8 @@ class PrefixTree:
         parents: ``[B, N]`` int64, -1 for the anchor.
         depths: ``[B, N]`` int64, distance from the anchor.
         mask: ``[B, N, N]`` bool, node n sees its ancestors and itself.
+        values: ``[B, N]`` f32, the probability that the target accepts each node; 0 where nobody says.
+        origins: ``[B, N]`` int64, who proposed it (``sources.ORIGINS``); 0 where nobody says.
         counts: nodes of each tree, its first ones; N where only a device knows.
         height: of the tallest tree that there can be.
     """
@@ -28,6 +30,8 @@ class PrefixTree:
     parents: Array
     depths: Array
     mask: Array
+    values: Array
+    origins: Array
     counts: list[int]
     height: int
 
@@ -39,17 +43,39 @@ class PrefixTree:
         taken = self.mapped(lambda x: xp.stack([x[b] for b in rows]))
         return replace(taken, counts=[self.counts[b] for b in rows])
 
+    def first(self, counts: list[int]) -> "PrefixTree":
+        """The first nodes of each tree, which have their ancestors among them."""
+        if counts == self.counts:
+            return self
+        xp = array_namespace(self.tokens)
+        most = max(counts)
+        places = xp.arange(most, dtype=xp.int64, device=device(self.tokens))
+        # The host's numbers reach a device as part of an operation, which it does not wait for.
+        here = xp.stack([places < count for count in counts])
+        return PrefixTree(
+            tokens=xp.where(here, self.tokens[:, :most], 0),
+            parents=xp.where(here, self.parents[:, :most], -1),
+            depths=xp.where(here, self.depths[:, :most], 0),
+            mask=self.mask[:, :most, :most] & here[..., None],
+            values=xp.where(here, self.values[:, :most], 0.0),
+            origins=xp.where(here, self.origins[:, :most], 0),
+            counts=[min(count, own) for count, own in zip(counts, self.counts, strict=True)],
+            height=min(self.height, most - 1),
+        )
+
     def mapped(self, change: Callable[[Array], Array]) -> "PrefixTree":
         """With each of the arrays changed."""
-        tokens, parents, depths, mask = map(change, (self.tokens, self.parents, self.depths, self.mask))
-        return PrefixTree(tokens, parents, depths, mask, self.counts, self.height)
+        arrays = (self.tokens, self.parents, self.depths, self.mask, self.values, self.origins)
+        tokens, parents, depths, mask, values, origins = map(change, arrays)
+        return PrefixTree(tokens, parents, depths, mask, values, origins, self.counts, self.height)
 
 
 def chain(tokens: Sequence[int]) -> PrefixTree:
     """A tree without a fork, in the host's memory."""
     n = len(tokens)
-    places = np.arange(n)
-    return PrefixTree(np.array([tokens]), places[None] - 1, places[None], np.tri(n, dtype=bool)[None], [n], n - 1)
+    places = np.arange(n)[None]
+    mask, values = np.tri(n, dtype=np.bool_)[None], np.zeros((1, n), dtype=np.float32)
+    return PrefixTree(np.array([tokens]), places - 1, places, mask, values, np.zeros_like(places), [n], n - 1)
 
 
 def stack(trees: Sequence[PrefixTree]) -> PrefixTree:
@@ -59,7 +85,7 @@ def stack(trees: Sequence[PrefixTree]) -> PrefixTree:
     xp = array_namespace(trees[0].tokens)
     most = max(tree.tokens.shape[1] for tree in trees)
 
-    def filled(x: Array, filler: int) -> Array:
+    def filled(x: Array, filler: float) -> Array:
         """Fillers behind the last node, of the axes of nodes."""
         for axis in range(1, x.ndim):
             shape = list(x.shape)
@@ -72,6 +98,8 @@ def stack(trees: Sequence[PrefixTree]) -> PrefixTree:
         parents=xp.concat([filled(tree.parents, -1) for tree in trees]),
         depths=xp.concat([filled(tree.depths, 0) for tree in trees]),
         mask=xp.concat([filled(tree.mask, False) for tree in trees]),
+        values=xp.concat([filled(tree.values, 0.0) for tree in trees]),
+        origins=xp.concat([filled(tree.origins, 0) for tree in trees]),
         counts=[count for tree in trees for count in tree.counts],
         height=max(tree.height for tree in trees),
     )
@@ -120,11 +148,14 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
     mask[:, 1:, 0] = real
     mask[:, 0, 0] = True
     top = xp.zeros((batch, 1), **here)
+    unsaid = xp.zeros((batch, 1 + most), **here)
     return PrefixTree(
         tokens=xp.concat([anchors[:, None], nodes(flat(branches), 0)], axis=-1),
         parents=xp.concat([top - 1, nodes(flat(parent), -1)], axis=-1),
         depths=xp.concat([top, depths], axis=-1),
         mask=mask,
+        values=xp.astype(unsaid, xp.float32),
+        origins=unsaid,
         counts=counts,
         height=length,
     )

@@ -1,5 +1,6 @@
 """Where the tokens of a tree come from: each source is an automaton that proposes tokens and says how likely they are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from array_api_compat import array_namespace, device
@@ -32,10 +33,17 @@ class Source:
     origins: Array
     height: int
 
+    def of(self, rows: Sequence[int]) -> "Source":
+        """Those of some of the sequences, in the host's memory."""
+        tables = (self.tokens, self.probabilities, self.after, self.otherwise, self.origins)
+        tokens, probabilities, after, otherwise, origins = (x[list(rows)] for x in tables)
+        return Source(tokens, probabilities, after, otherwise, origins, self.height)
+
     def sent(self, memory: Sequences) -> "Source":
         """From the host's memory into an engine's."""
-        tables = [memory.send(x) for x in (self.tokens, self.probabilities, self.after, self.otherwise, self.origins)]
-        return Source(*tables, self.height)
+        tables = (self.tokens, self.probabilities, self.after, self.otherwise, self.origins)
+        tokens, probabilities, after, otherwise, origins = map(memory.send, tables)
+        return Source(tokens, probabilities, after, otherwise, origins, self.height)
 
 
 def first(draft: Draft) -> Source:

@@ -27,10 +27,12 @@ from training import report
 from training.corpus import Answer, Answerer, read_corpus
 from training.features import Features
 from training.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
-from training.replay import HostDrafter, Record, RecordingDrafter, ReplayTarget
+from training.replay import ROWS, HostDrafter, Record, RecordingDrafter, ReplayTarget
 
 SLOTS = 8  # answers decoded together
+MEASURED = tuple(name for name, mode in MODES.items() if name != "autoregressive" and not mode.planned)
 DEFAULT_MODES = (
+    *(f"{mode}@{rows}" for mode in ("lookup", "ddtree", "first_text", "first_second", "pooled") for rows in (8, 12, 16, 32)),
     "dflash",
     "runner_up",
     "naive_samples",
@@ -87,16 +89,21 @@ def _history(prompt: Prompt, turn: int, known: dict[str, Answer], answerer: Answ
 
 
 def parse_mode(text: str) -> tuple[ModeName, Redraft, int | None]:
-    """Read ``MODE[:free][@K]``: a decoding mode, its redraft, and its number of branches if not the pipeline's.
+    """Read ``MODE[:free][@N]``: a decoding mode, its redraft, and how many rows its best-first tree has, or else how many
+    branches it adds, if not as usual.
 
     Raises:
         EvaluationError: it is not of this form.
     """
-    found = re.fullmatch(r"(\w+)(:free)?(?:@([1-9]|1[0-6]))?", text)
-    if found is None or found[1] not in MODES or found[1] == "autoregressive":
-        allowed = ", ".join(mode for mode in MODES if mode != "autoregressive")
-        raise EvaluationError(f"--modes: found {text}, allowed: {allowed}; behind it :free and @K, K from 1 to 16")
-    return found[1], "free" if found[2] else "exclusive", int(found[3]) if found[3] else None
+    found = re.fullmatch(r"(\w+)(:free)?(?:@([1-9]\d?))?", text)
+    size = int(found[3]) if found and found[3] else None
+    if found is None or found[1] not in MEASURED or (found[2] and MODES[found[1]].sources):
+        raise EvaluationError(
+            f"--modes: found {text}, allowed: {', '.join(MEASURED)}; behind it :free and @K, or @ROWS of a tree"
+        )
+    if size and size > 16 and not MODES[found[1]].sources:
+        raise EvaluationError(f"--modes: found {text}, allowed: up to @16")
+    return found[1], "free" if found[2] else "exclusive", size
 
 
 def measure(
@@ -108,32 +115,39 @@ def measure(
     vocabulary: int,
 ) -> list[Record]:
     """Decode every answer in a mode (``parse_mode``); returns a record each."""
-    name, redraft, branches = parse_mode(mode)
+    name, redraft, size = parse_mode(mode)
     target = ReplayTarget()
     first = RecordingDrafter(drafters[0], target, options["block_size"])
     decoder = Decoder(
         target,
         first,
         HostDrafter(drafters[1]),
+        mode=name,
         block_size=options["block_size"],
-        branches=branches or options["branches"],
+        branches=options["branches"] if size is None or MODES[name].sources else size,
+        rows=size or ROWS,
         vocabulary=vocabulary,
         selection=options["selection"],
         redraft=redraft,
     )
-    scheduler = Scheduler(decoder, SLOTS, name)
+    scheduler = Scheduler(decoder, SLOTS)
     began, shown = time.monotonic(), time.monotonic()
     # Answers of like length together; a few at a time, for the sake of their features' memory.
     order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
     results: dict[int, Record] = {}
+    records: dict[Sequence, Record] = {}
     for start in range(0, len(order), 4 * SLOTS):
         for i in order[start : start + 4 * SLOTS]:
             results[i] = Record()
             rows = features.batch([i])[0].float().numpy()
             target.expect(answers[i], rows, results[i])
-            scheduler.add(Sequence(answers[i].prompt_ids, len(answers[i].response_ids)))
+            sequence = Sequence(answers[i].prompt_ids, len(answers[i].response_ids))
+            records[sequence] = results[i]
+            scheduler.add(sequence)
         while scheduler:
-            scheduler.step()
+            if scheduler.step():
+                for walk in decoder.walks:
+                    records[walk.sequence].add(walk)
             if time.monotonic() - shown > 20:
                 shown = time.monotonic()
                 print(f"  {mode}: {len(results)}/{len(answers)} answers, {shown - began:.0f} s", flush=True)
@@ -176,7 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, default=Path("training/prompts/eval.jsonl"), help="JSONL file of prompts")
     parser.add_argument("--limit", type=int, help="prompts of each task, at most")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most (default: 128)")
-    parser.add_argument("--modes", nargs="+", default=list(DEFAULT_MODES), metavar="MODE", help="MODE, MODE:free, MODE@K")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(DEFAULT_MODES), metavar="MODE", help="MODE, MODE:free, MODE@K, TREE@ROWS"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write tables and plots")
     parser.add_argument("--build", type=Path, default=Path("build"), help="build directory (default: build/)")

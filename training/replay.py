@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.acceptance import Walk
 from decoding.engines import Bools, DrafterEngine, Features, Floats, Ints
 from decoding.sampling import Sampling
 from training.corpus import Answer
+
+ROWS = 16  # of a best-first tree that names none
 
 
 @dataclass
@@ -21,14 +24,24 @@ class Record:
     """What was seen while an answer was decoded, a row a cycle.
 
     Attributes:
-        nodes: tokens verified. confidences: ``[γ-1]`` of the first draft. correct: ``[γ-1]``, which of its tokens are the
-            target's; where the answer has ended, neither counts (``known``).
+        nodes: tokens verified. expected: tokens that the tree promised; 0 where it says nothing. said: tokens committed.
+        origins: of the accepted tokens, one number each (``sources.ORIGINS``); 0 where nobody says.
+        confidences: ``[γ-1]`` of the first draft. correct: ``[γ-1]``, which of its tokens are the target's; where the answer
+            has ended, neither counts (``known``).
     """
 
     nodes: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
+    said: list[int] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
     confidences: list[NDArray[np.float32]] = field(default_factory=list)
     correct: list[NDArray[np.bool_]] = field(default_factory=list)
     known: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, walk: Walk) -> None:
+        self.expected.append(sum(walk.values))
+        self.said.append(len(walk.said))
+        self.origins += [walk.origins[node] for node in walk.accepted[1:]]
 
 
 @dataclass
@@ -42,29 +55,33 @@ class Replay:
 
 
 class ReplayTarget:
-    """A ``TargetEngine`` over known answers, in the order in which their sequences will join."""
+    """A ``TargetEngine`` over known answers, in the order in which their sequences will be opened."""
+
+    ragged = True
 
     def __init__(self) -> None:
         self.waiting: deque[Replay] = deque()
-        self.running: list[Replay] = []
+        self.running: dict[int, Replay] = {}
+        self.opened = 0
+        self.last: list[Replay] = []
 
     def expect(self, answer: Answer, features: Floats, record: Record) -> None:
-        """Announce an answer; its sequence must be the next one to join behind those announced before."""
+        """Announce an answer; its sequence must be the next one to be opened behind those announced before."""
         self.waiting.append(Replay(answer, features, record))
 
-    def prefill(self, token_ids: Ints, positions: Ints, mask: Bools) -> Floats:
-        replay, n = self.waiting[0], token_ids.shape[1]
-        assert token_ids[0].tolist() == replay.answer.tokens[replay.length : replay.length + n]
-        replay.length += n
-        return replay.features[replay.length - n : replay.length]
+    def room(self, rows: int) -> bool:
+        return True
 
-    def join(self, place: int | None) -> None:
-        if place is None:
-            self.running.append(self.waiting.popleft())
-        else:
-            self.running[place] = self.waiting.popleft()
+    def open(self, tokens: list[int], rows: int) -> int:
+        self.opened += 1
+        self.running[self.opened] = self.waiting.popleft()
+        assert tokens == self.running[self.opened].answer.prompt_ids
+        return self.opened
 
-    def leave(self, sequence: int) -> None:
+    def length(self, sequence: int) -> int:
+        return self.running[sequence].length
+
+    def close(self, sequence: int) -> None:
         del self.running[sequence]
 
     def reset(self) -> None:
@@ -77,19 +94,31 @@ class ReplayTarget:
     def read(self, array: NDArray) -> NDArray:
         return array
 
-    def forward(self, token_ids: Ints, positions: Ints, mask: Bools) -> "ReplayPass":
-        for replay, seen in zip(self.running, mask, strict=True):
-            replay.record.nodes.append(int(seen.any(-1).sum()))
-        return ReplayPass(list(self.running), positions)
+    def forward(
+        self,
+        sequences: Sequence[int],
+        token_ids: Ints,
+        positions: Ints,
+        mask: Bools,
+        counts: Sequence[int],
+        silent: int = 0,
+    ) -> "ReplayPass":
+        self.last = [self.running[sequence] for sequence in sequences]
+        for replay, count in zip(self.last[: len(self.last) - silent], counts, strict=False):
+            replay.record.nodes.append(count)
+        return ReplayPass(self.last, positions)
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
-        for replay, kept in zip(self.running, rows, strict=True):
+        for replay, kept in zip(self.last, rows, strict=True):
             replay.length += len(kept)
+
+    def features(self, sequence: int, start: int, stop: int) -> Features:
+        return self.running[sequence].features[start:stop]
 
 
 @dataclass(frozen=True)
 class ReplayPass:
-    """What the target said next at each position, and its features there; void for a node off the answer's path."""
+    """What the target said next at each position; void for a node off the answer's path."""
 
     running: list[Replay]
     positions: Ints
@@ -101,27 +130,23 @@ class ReplayPass:
             chosen[b] = tokens[place] if node >= 0 and place < len(tokens) else 0
         return chosen
 
-    def features(self, sequence: int, nodes: Sequence[int]) -> Floats:
-        replay = self.running[sequence]
-        return replay.features[np.minimum(self.positions[sequence, nodes], len(replay.answer.tokens) - 1)]
-
 
 class HostDrafter:
     """A drafter whose drafts come into the host's memory, where the replayed target's tokens lie."""
 
     def __init__(self, drafter: DrafterEngine) -> None:
         self.drafter = drafter
-        self.prefill, self.join, self.leave, self.reset = drafter.prefill, drafter.join, drafter.leave, drafter.reset
-        self.send, self.read = drafter.send, drafter.read
+        self.room, self.open, self.length = drafter.room, drafter.open, drafter.length
+        self.close, self.reset, self.send, self.read = drafter.close, drafter.reset, drafter.send, drafter.read
 
     @property
     def mask_id(self) -> int:
         return self.drafter.mask_id
 
     def forward(
-        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
+        self, sequences: Sequence[int], features: Sequence[Features], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
-        candidates, confidences = self.drafter.forward(features, block_ids, positions, mask)
+        candidates, confidences = self.drafter.forward(sequences, features, block_ids, positions, mask)
         return self.read(candidates), self.read(confidences)
 
 
@@ -131,13 +156,22 @@ class RecordingDrafter(HostDrafter):
     def __init__(self, drafter: DrafterEngine, target: ReplayTarget, block_size: int) -> None:
         super().__init__(drafter)
         self.target, self.block_size = target, block_size
+        self.replays: dict[int, Replay] = {}
+        self.open = self._open
+
+    def _open(self, tokens: list[int], rows: int) -> int:
+        """A drafter opens a sequence when the target has."""
+        number = self.drafter.open(tokens, rows)
+        self.replays[number] = self.target.running[self.target.opened]
+        return number
 
     def forward(
-        self, features: Sequence[Features | None], block_ids: Ints, positions: Ints, mask: Bools
+        self, sequences: Sequence[int], features: Sequence[Features], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
-        candidates, confidences = super().forward(features, block_ids, positions, mask)
+        candidates, confidences = super().forward(sequences, features, block_ids, positions, mask)
         if block_ids.shape[1] == self.block_size and (block_ids[:, 1:] == self.mask_id).all():
-            for b, replay in enumerate(self.target.running):
+            for b, sequence in enumerate(sequences):
+                replay = self.replays[sequence]
                 tokens = np.array(replay.answer.tokens)
                 place = positions[b, 1:]
                 known = place < len(tokens)

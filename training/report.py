@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from decoding.boundary import rejection_probabilities
-from decoding.modes import MODES
+from decoding.modes import MODES, ModeName
+from decoding.sources import ORIGINS
 from training.corpus import Answer
-from training.replay import Record
+from training.replay import ROWS, Record
 
+ADDED = (("ddtree", "dflash"), ("first_text", "ddtree"), ("first_second", "ddtree"), ("pooled", "first_text"))
 RESAMPLES = 2000
 BINS = 10
 
@@ -63,6 +65,10 @@ def summarise(
             if mode != "d2sd"
         }
     figures["gain_at_no_more_nodes"] = _at_no_more_nodes(answers, records, figures["nodes"])
+    figures["gain_at_equal_rows"] = _at_equal_rows(answers, records)
+    trees = {mode: seen for mode, seen in records.items() if MODES[parts(mode)[0]].sources}
+    figures["expected_of_said"] = {mode: _expected(seen) for mode, seen in trees.items()}
+    figures["accepted_by_source"] = {mode: _sources(answers, seen) for mode, seen in trees.items()}
     seen = next(iter(records.values()))
     confidences, correct, known = (
         np.array([row for record in seen for row in getattr(record, name)]) for name in ("confidences", "correct", "known")
@@ -86,6 +92,39 @@ def _at_no_more_nodes(
             against = _resampled(tasks, count, _counts(answers, seen)[2])
             gains[mode] = {"of": best} | _interval(_resampled(tasks, count, cycles) - against)
     return gains
+
+
+def _at_equal_rows(answers: Sequence[Answer], records: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """What a source adds to a best-first tree of as many rows: paired differences."""
+    gains = []
+    for more, less in ADDED:
+        for mode, seen in records.items():
+            name, rows = parts(mode)
+            other = less if less == "dflash" else f"{less}@{rows}"
+            # The first draft alone has γ rows, and no more.
+            comparable = other in records and (less != "dflash" or rows == len(records[other][0].confidences[0]) + 1)
+            if name == more and comparable:
+                tasks, count, cycles = _counts(answers, seen)
+                against = _resampled(tasks, count, _counts(answers, records[other])[2])
+                gains.append({"mode": mode, "over": other} | _interval(_resampled(tasks, count, cycles) - against))
+    return gains
+
+
+def _expected(records: Sequence[Record]) -> float:
+    """Tokens that the trees promised, of those that were committed; the last cycle of an answer, which it cuts short, aside."""
+    promised = sum(sum(record.expected[:-1]) for record in records)
+    return float(promised / sum(sum(record.said[:-1]) for record in records))
+
+
+def _sources(answers: Sequence[Answer], records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Share of the accepted tokens that each source proposed, by task; what two propose counts for both."""
+    shares: dict[str, dict[str, float]] = {}
+    for task in sorted({answer.task for answer in answers}):
+        own = [o for answer, record in zip(answers, records, strict=True) if answer.task == task for o in record.origins]
+        shares[task] = {
+            name: float(np.mean([origin >> bit & 1 for origin in own])) if own else 0.0 for bit, name in enumerate(ORIGINS)
+        }
+    return shares
 
 
 def _interval(differences: NDArray[np.float64]) -> dict[str, float]:
@@ -140,7 +179,7 @@ def table(figures: Mapping[str, Any]) -> str:
         gain, at = gains.get(mode), fewer.get(mode)
         cells = [
             mode,
-            f"{figures['nodes'][mode]:.1f} of {_rows_as_branches(mode, figures['decoding'])}",
+            f"{figures['nodes'][mode]:.1f} of {_rows(mode, figures['decoding'])}",
             f"{length['mean']:.3f}",
             f"{length['low']:.3f} to {length['high']:.3f}",
             f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" if gain else "",
@@ -151,11 +190,36 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows_as_branches(mode: str, decoding: Mapping[str, Any]) -> int:
-    """What a mode's cycle would verify as whole branches of γ tokens, as the paper does: (K + 1)·γ."""
-    name, _, branches = mode.replace(":free", "").partition("@")
-    added = 0 if MODES[name].branches is None else int(branches or decoding["branches"])  # type: ignore[index]
-    return int((added + 1) * decoding["block_size"])
+def parts(mode: str) -> tuple[ModeName, int | None]:
+    """The name and the number in ``MODE[:free][@N]``."""
+    name, _, number = mode.replace(":free", "").partition("@")
+    return cast(ModeName, name), int(number) if number else None
+
+
+def _rows(mode: str, decoding: Mapping[str, Any]) -> int:
+    """What a mode's cycle verifies at most: the rows of its tree, or whole branches of γ tokens as the paper does."""
+    name, number = parts(mode)
+    if MODES[name].sources:
+        return number or ROWS
+    added = 0 if MODES[name].branches is None else number or int(decoding["branches"])
+    return (added + 1) * int(decoding["block_size"])
+
+
+def table_of_gains(figures: Mapping[str, Any]) -> str:
+    """What each source adds at equal rows, as Markdown."""
+    lines = ["| tree | over | gain | 95 % |", "|---|---|---|---|"]
+    for gain in figures["gain_at_equal_rows"]:
+        lines.append(f"| {gain['mode']} | {gain['over']} | {gain['mean']:+.3f} | {gain['low']:+.3f} to {gain['high']:+.3f} |")
+    return "\n".join(lines)
+
+
+def table_of_sources(figures: Mapping[str, Any], mode: str) -> str:
+    """Each source's share of the accepted tokens by task, as Markdown."""
+    shares = figures["accepted_by_source"][mode]
+    lines = ["| source | " + " | ".join(shares) + " |", "|---" * (len(shares) + 1) + "|"]
+    for name in ORIGINS:
+        lines.append(f"| {name} | " + " | ".join(f"{own[name]:.0%}" for own in shares.values()) + " |")
+    return "\n".join(lines)
 
 
 def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
@@ -189,6 +253,13 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
     plt.close(figure)
 
     options, shares = figures["decoding"], draft["boundary_in_top"]
+    trees = ""
+    if figures["gain_at_equal_rows"]:
+        trees += f"\n## What a source adds at equal rows\n\n{table_of_gains(figures)}\n"
+    if pooled := [mode for mode in figures["accepted_by_source"] if parts(mode)[0] == "pooled"]:
+        promised = ", ".join(f"{mode} {share:.3f}" for mode, share in figures["expected_of_said"].items())
+        trees += f"\n## Who proposed what was accepted\n\n`{pooled[-1]}`; what two propose counts for both.\n\n"
+        trees += f"{table_of_sources(figures, pooled[-1])}\n\nTokens that the trees promised, of those committed: {promised}.\n"
     text = f"""# Acceptance length
 
 {figures["prompts"]} answers of up to {figures["tokens"]} tokens to the prompts of `training/prompts/eval.jsonl`, greedy,
@@ -196,10 +267,10 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
 
 {table(figures)}
 
-*nodes*: verified a cycle, on average, of the rows that whole branches of γ tokens would take. *d2sd gains*: paired difference
-of the means, 95 % bootstrap interval; *at no more nodes*: of `d2sd` with as many branches (`@K`) as verify no more nodes than
-the mode does.
-
+*nodes*: verified a cycle, on average, of the rows that a tree may have (`@ROWS`) or whole branches of γ tokens would take.
+*d2sd gains*: paired difference of the means, 95 % bootstrap interval; *at no more nodes*: of `d2sd` with as many branches
+(`@K`) as verify no more nodes than the mode does.
+{trees}
 ![acceptance lengths](acceptance.png)
 
 ## The first draft

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from decoding import sources
 from decoding.best_first import grow
 from decoding.drafts import Draft, Redrafts
-from decoding.sources import FIRST, SECOND, TEXT, Source
+from decoding.sources import FIRST, ORIGINS, SECOND, TEXT, Source
 
+NEUTRAL = np.ones((1 << len(ORIGINS), 1), np.float32)
 MEMORIES = [np.asarray, torch.asarray]
 
 
@@ -47,7 +48,11 @@ def moved(x, memory):
     return type(x)(**fields)
 
 
-def by_heap(given, b, nodes):
+def factors_of(rng):
+    return np.exp(rng.normal(size=(1 << len(ORIGINS), 4))).astype(np.float32)
+
+
+def by_heap(given, b, nodes, factors):
     """{path: value} of the most valuable nodes of sequence b, and all their values."""
 
     def proposed(source, state, what):
@@ -55,14 +60,17 @@ def by_heap(given, b, nodes):
         own.pop(-1, None)
         return own
 
-    def options(states):
-        found = {}
+    def options(states, depth):
+        found, origins = {}, {}
         for source, state in zip(given, states, strict=True):
             own = proposed(source, state, source.probabilities)
             both = {t: 1 - (1 - p) * (1 - found.get(t, 0.0)) for t, p in own.items()}
             left = max(0.0, 1 - sum(both.values()))
+            by = proposed(source, state, source.origins)
+            origins = origins | {t: o | origins.get(t, 0) for t, o in by.items()}
             found = {t: p * left for t, p in found.items() if t not in own} | both
-        return found
+        weights = {t: float(factors[origins[t], min(depth, 3)]) for t in found}
+        return {t: p * weights[t] / (1 - p + p * weights[t]) for t, p in found.items()}
 
     def step(states, token):
         return tuple(
@@ -73,7 +81,7 @@ def by_heap(given, b, nodes):
     values, heap = {(): 1.0}, []
 
     def push(path, value, states):
-        for token, p in options(states).items():
+        for token, p in options(states, len(path) + 1).items():
             heapq.heappush(heap, (-value * p, len(path), (*path, token), step(states, token)))
 
     push((), 1.0, (0,) * len(given))
@@ -102,11 +110,11 @@ def test_the_most_valuable_nodes_are_those_of_a_heap(memory, seed, batch, length
     draft = drafted(rng, batch, length, width)
     base = sources.redrafted(draft, redrafts_of(rng, batch, length, width, branches)) if branches else sources.first(draft)
     given = [base, *(chains(rng, batch, int(rng.integers(1, 8))) for _ in range(texts))]
-    grown = grow(memory(draft.anchors), [moved(source, memory) for source in given], nodes)
-    tree = grown.tree
+    factors = factors_of(rng)
+    tree = grow(memory(draft.anchors), [moved(source, memory) for source in given], nodes, memory(factors))
     for b in range(batch):
-        expected = by_heap(given, b, nodes)
-        values = np.asarray(grown.values[b])
+        expected = by_heap(given, b, nodes, factors)
+        values = np.asarray(tree.values[b])
         found = sorted(values[values > 0].tolist(), reverse=True)
         np.testing.assert_allclose(found, sorted(expected.values(), reverse=True), rtol=1e-3, atol=1e-6)
         assert values.tolist() == sorted(values.tolist(), reverse=True)
@@ -141,13 +149,12 @@ def test_a_redraft_stands_in_for_what_is_rejected():
         np.array([[[[1, 3, 8], [5, 4, 2]]]]),
         np.array([[[[0.5, 0.3, 0.2], [0.9, 0.05, 0.05]]]], np.float32),
     )
-    grown = grow(draft.anchors, [sources.redrafted(draft, redrafts)], 6)
-    tree = grown.tree
+    tree = grow(draft.anchors, [sources.redrafted(draft, redrafts)], 6, NEUTRAL)
     paths = [tree.tokens[0, np.flatnonzero(mask)][1:].tolist() for mask in tree.mask[0]]
     #                            c     c·0.5   (1-c)·3/5  …·0.9   c·0.3
     expected = {(): 1, (1,): 0.6, (1, 4): 0.3, (3,): 0.24, (3, 5): 0.216, (1, 5): 0.18}
-    assert dict(zip(map(tuple, paths), grown.values[0].tolist(), strict=True)) == pytest.approx(expected)
-    assert grown.origins[0].tolist() == [0, FIRST, FIRST, SECOND, SECOND, FIRST]
+    assert dict(zip(map(tuple, paths), tree.values[0].tolist(), strict=True)) == pytest.approx(expected)
+    assert tree.origins[0].tolist() == [0, FIRST, FIRST, SECOND, SECOND, FIRST]
 
 
 def test_a_token_that_two_propose_is_likelier_than_either_says():
@@ -167,7 +174,7 @@ def test_a_token_that_two_propose_is_likelier_than_either_says():
         np.full((1, 2, 1), TEXT),
         1,
     )
-    grown = grow(np.array([9]), [one, other], 4)
-    assert grown.tree.tokens[0].tolist() == [9, 1, 2]
-    assert grown.values[0].tolist() == pytest.approx([1, 0.9, 0.04])
-    assert grown.origins[0].tolist() == [0, FIRST | TEXT, FIRST]
+    tree = grow(np.array([9]), [one, other], 4, NEUTRAL)
+    assert tree.tokens[0].tolist() == [9, 1, 2]
+    assert tree.values[0].tolist() == pytest.approx([1, 0.9, 0.04])
+    assert tree.origins[0].tolist() == [0, FIRST | TEXT, FIRST]

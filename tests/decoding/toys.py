@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import torch
 
 from engines.sampling import choose
 
@@ -84,6 +85,8 @@ class ToyTarget(ToySequences):
             assert not mask[b, :, counts[b] :].any()
             for node in range(counts[b]):
                 seen = np.flatnonzero(mask[b, node])
+                if not len(seen):
+                    continue  # a filler, of which only a device knows
                 cache = self.caches[sequence]
                 assert positions[b, seen].tolist() == list(range(len(cache), len(cache) + len(seen))), "a gap or a fork"
                 assert seen[-1] == node
@@ -162,3 +165,80 @@ class ToyDrafter(ToySequences):
 
 def _common(a: list[int], b: list[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class ToyCosts:
+    """Staircases: a call takes a base, and a step for every so many rows.
+
+    Args:
+        base, step: seconds. width: rows of a step. noise: of all seconds said, as a factor, random each time.
+        first, second: a drafter's seconds by the target's.
+    """
+
+    def __init__(self, base=1.0, step=0.25, width=8, first=0.2, second=0.2, noise=0.0, seed=0) -> None:
+        self.base, self.step, self.width, self.share = base, step, width, {"target": 1.0, "first": first, "second": second}
+        self.noise, self.rng = noise, np.random.default_rng(seed)
+        self.observed: list[tuple] = []
+
+    def _seconds(self, engine, rows, sequences, context):
+        assert rows.dtype == np.int64
+        assert (rows >= sequences).all()
+        assert context >= 0
+        seconds = self.share[engine] * (self.base + self.step * np.ceil(rows / self.width))
+        return seconds * np.exp(self.noise * self.rng.normal(size=rows.shape))
+
+    def target(self, rows, sequences, context):
+        return self._seconds("target", rows, sequences, context)
+
+    def first(self, rows, sequences, context):
+        return self._seconds("first", rows, sequences, context)
+
+    def second(self, rows, sequences, context):
+        return self._seconds("second", rows, sequences, context)
+
+    def observe(self, engine, rows, sequences, context, seconds):
+        assert engine in self.share
+        assert seconds >= 0
+        self.observed.append((engine, rows, sequences, context))
+
+
+class OnDevice:
+    """A toy engine behind a device's memory, for which PyTorch's stands; what is read is counted."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.reads = engine, 0
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def send(self, array):
+        return torch.tensor(array)
+
+    def read(self, array):
+        self.reads += 1
+        return _host(array)
+
+    def forward(self, sequences, *arrays):
+        made = self.engine.forward(sequences, *map(_host, arrays))
+        return OnDevicePass(made) if isinstance(made, ToyPass) else tuple(map(torch.tensor, made))
+
+    def features(self, *where):
+        return torch.tensor(self.engine.features(*where))
+
+
+class OnDevicePass:
+    def __init__(self, made) -> None:
+        self.made = made
+
+    def choose(self, nodes, sampling, uniforms):
+        return torch.tensor(self.made.choose(_host(nodes), sampling, _host(uniforms)))
+
+
+def _host(x):
+    """What a toy's own inside sees of what it is handed."""
+    if isinstance(x, torch.Tensor):
+        return NUMPY(x)
+    return [_host(part) for part in x] if isinstance(x, list) else x
+
+
+NUMPY = torch.Tensor.numpy

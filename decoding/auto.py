@@ -1,0 +1,117 @@
+"""The sequences in ``auto`` on their way through a cycle: the planner's steps, each when what it needs is there."""
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+from array_api_compat import array_namespace, is_numpy_namespace
+from numpy.typing import NDArray
+
+from decoding import best_first, boundary, sources
+from decoding.acceptance import Walk
+from decoding.calibration import Calibration
+from decoding.engines import Array, TargetEngine
+from decoding.follower import Follower
+from decoding.group import Group
+from decoding.modes import MODES
+from decoding.planner import Planner, Situation
+from decoding.prefix_tree import PrefixTree
+from decoding.sequence import Sequence
+from decoding.text import Text
+
+
+class Auto:
+    """Carries out what the planner plans. A cycle calls its methods in the order in which they stand here."""
+
+    def __init__(
+        self,
+        target: TargetEngine,
+        planner: Planner,
+        text: Text,
+        calibration: Calibration,
+        first: Follower | None,
+        second: Follower | None,
+    ) -> None:
+        self.target, self.planner, self.text, self.calibration = target, planner, text, calibration
+        self.first, self.second = first, second
+
+    def begin(
+        self, members: Many[int], sequences: Many[Sequence], anchors: Array, others: int, other_context: int
+    ) -> list[Group]:
+        """Look the texts up, and choose the sequences to draft for.
+
+        Args:
+            members: which of ``sequences``, whose anchors are ``anchors``.
+            others: rows of the target's pass that are not theirs. other_context: of the sequences whose they are.
+        """
+        own = [sequences[b] for b in members]
+        self.reach = self.planner.reach
+        proposed = self.text.propose(own)
+        here = np.array([s.anchor for s in own], dtype=np.int64)
+        texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
+        lags = [[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)]
+        contexts = np.array([s.computed for s in own], dtype=np.int64)
+        self.now = Situation(own, self._values(texts), np.array(lags), contexts, others, other_context)
+        self.plan = self.planner.begin(self.now)
+        drafted = self.plan.drafted
+        alone = [b for b in range(len(own)) if b not in drafted]
+        self.parts: list[tuple[Group, list[int]]] = []  # and their places among ``own``
+        for mode, places in ((MODES["first_text"], drafted), (MODES["lookup"], alone)):
+            if places:
+                group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
+                group.nodes, group.text = self.reach, proposed.of(places).sent(self.target)
+                if not mode.drafts:
+                    group.tree = texts.of(places).mapped(self.target.send)
+                self.parts.append((group, places))
+        self.known = is_numpy_namespace(array_namespace(anchors))
+        return [group for group, _ in self.parts]
+
+    def consider_redrafts(self) -> None:
+        """Choose the branches of a redraft, now that there are first drafts. On a device nobody knows what they are."""
+        if not self.plan.drafted:
+            return
+        group, branches = self.parts[0][0], self.planner.branches
+        self.before = self.planner.promised(self.now, self.plan)
+        shares = np.arange(1, branches + 1) / max(branches, 1)
+        if self.known:
+            assert group.text is not None
+            feeding = [sources.first(group.draft), group.text]
+            group.tree = best_first.grow(group.anchors, feeding, self.reach, self.calibration.factors)
+            self.before[self.plan.drafted] = self._values(group.tree)
+            self.planner.saw_drafts(self.now, self.plan, self.before)
+            rejected = -np.sort(-boundary.rejection_probabilities(group.draft.probabilities[..., 0]), axis=-1)
+            shares = (np.cumsum(rejected, axis=-1) / (rejected.sum(-1, keepdims=True) + 1e-9)).mean(0)
+        self.planner.redraft(self.now, self.plan, self.before, shares)
+        if self.plan.branches:
+            self.share = float(shares[self.plan.branches - 1])
+            group.mode, group.branches, group.tree = MODES["pooled"], self.plan.branches, None
+
+    def cut(self, trees: Many[PrefixTree]) -> list[PrefixTree]:
+        """Leave of the trees of the groups of ``begin`` the nodes that are worth their time."""
+        values = self.planner.promised(self.now, self.plan)
+        for (group, places), tree in zip(self.parts, trees, strict=True):
+            if self.known:
+                values[places] = self._values(tree)
+            if self.known and group.mode.redrafts:
+                self.planner.saw_redrafts(self.plan, self.before, values, self.share)
+        self.planner.finish(self.now, self.plan, values)
+        return [tree.first([self.plan.nodes[b] for b in places]) for (_, places), tree in zip(self.parts, trees, strict=True)]
+
+    def learn(self, walks: Many[Walk]) -> None:
+        """What came of the plan. walks: of the whole batch."""
+        own = {walk.sequence: walk for walk in walks}
+        if not self.known and self.plan.drafted:
+            values = self.now.text.copy()
+            for b in self.plan.drafted:
+                seen = own[self.now.sequences[b]].values[1:]
+                values[b, : len(seen)] = seen
+            if self.plan.branches:
+                self.planner.saw_redrafts(self.plan, self.before, values, self.share)
+            else:
+                self.planner.saw_drafts(self.now, self.plan, values)
+        self.planner.learn(self.now, self.plan, sum(len(own[s].said) for s in self.now.sequences))
+
+    def _values(self, tree: PrefixTree) -> NDArray[np.float64]:
+        """Of the nodes but the anchor, ``[b, reach - 1]``."""
+        values = np.zeros((len(tree.counts), self.reach - 1))
+        values[:, : tree.values.shape[1] - 1] = tree.values[:, 1:]
+        return values

@@ -1,0 +1,42 @@
+"""What probabilities are worth: corrected by what the target said, for each origin and depth (docs/method.md §4)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoding.acceptance import Walk
+from decoding.sources import ORIGINS
+
+DEPTHS = 17  # deeper nodes are corrected as the deepest of these
+RATE = 0.03  # of a step along the gradient of the log-loss
+SHARED = 0.5  # of a step is taken for the origin as a whole
+LIMIT = 1.5  # of a correction, in logits
+
+
+class Calibration:
+    """Corrections of the logit of a node's probability, its parent being accepted: of an origin, and of one at a depth."""
+
+    def __init__(self) -> None:
+        origins = 1 << len(ORIGINS)
+        self.shared = [0.0] * origins
+        self.own = [[0.0] * DEPTHS for _ in range(origins)]
+
+    @property
+    def factors(self) -> NDArray[np.float32]:
+        """``[origins, DEPTHS]``, what the odds of a node are multiplied by; column d for depth d, the last for deeper ones."""
+        logits = np.array(self.shared)[:, None] + np.array(self.own)
+        return np.exp(np.clip(logits, -LIMIT, LIMIT)).astype(np.float32)
+
+    def learn(self, walk: Walk) -> None:
+        """Compare a tree with the walk through it: every child of an accepted node was put to the test."""
+        accepted = set(walk.accepted)
+        for node in range(1, len(walk.parents)):
+            parent = walk.parents[node]
+            if parent in accepted and walk.values[node] > 0:
+                step = RATE * ((node in accepted) - walk.values[node] / walk.values[parent])
+                origin, depth = walk.origins[node], min(walk.depths[node], DEPTHS - 1)
+                self.shared[origin] = _limited(self.shared[origin] + SHARED * step)
+                self.own[origin][depth] = _limited(self.own[origin][depth] + (1 - SHARED) * step)
+
+
+def _limited(logit: float) -> float:
+    return max(-LIMIT, min(logit, LIMIT))

@@ -1,0 +1,267 @@
+"""``auto``: what to draft and how much to verify, so that most tokens are committed a second (docs/method.md §8).
+
+A cycle commits a token and, of the nodes that it verifies, as many as their values sum to; it takes what its calls take
+(``engines.Costs``). Time is worth λ tokens a second, the rate at which a batch of this size has been going, and what is chosen
+is what gains most: tokens - λ · seconds. It is chosen in steps, each when what it needs is known:
+
+1. draft at all, and for which sequences? By what drafts have brought, beside what the text proposes now, which costs nothing;
+2. redraft, with how many branches? By what redrafts have brought, and where the first draft will probably be rejected;
+3. verify which nodes? All of the batch are one pool, the most valuable first. Cost is a staircase: every number is looked at.
+
+On a device values are known only when the cycle is over; there the same steps go by what the last cycles showed.
+"""
+
+from collections import Counter
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoding.engines import Costs
+from decoding.sequence import Sequence
+
+Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of a tree, most valuable first
+
+NODES = 48  # of a tree, at most
+MARGIN = 0.02  # of a cycle's tokens: a step must promise more than that beyond what it costs
+BUDGET = 0.01  # share of the time that may be spent on finding out
+HORIZON = 24  # cycles that a drafter's catching up pays for itself in
+MEMORY = 1 / 32  # weight of a new cycle in what is remembered
+LEVEL_MEMORY = 8.0  # cycles of a sequence that count as much as all others together
+BUCKETS = 3  # how sure the text is: it proposes nothing, something, or something likely
+PRIOR = 0.55, 0.72  # values of a first draft's 1st node, and of each further one to the one before it, before any was seen
+PRIOR_REDRAFT = 0.15  # what a redraft adds to the sum of all values, before any was seen
+
+
+@dataclass
+class Plan:
+    """What a cycle does for the sequences in ``auto``.
+
+    Attributes:
+        drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
+        nodes: rows that each verifies, the anchor's among them; set by the last step.
+        probing: whether it drafts or redrafts to find out.
+        expected: tokens that it should commit. seconds: that it should take.
+    """
+
+    drafted: list[int]
+    branches: int = 0
+    nodes: list[int] = field(default_factory=list)
+    probing: bool = False
+    expected: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Situation:
+    """What a plan depends on.
+
+    Attributes:
+        sequences: those in ``auto``. text: ``[b, N - 1]``, the values of what the text proposes for each.
+        lags: ``[2, b]``, tokens that each drafter must catch up with.
+        contexts: ``[b]``. others: rows of the target's pass that are not theirs. other_context: of those rows' sequences.
+    """
+
+    sequences: Many[Sequence]
+    text: NDArray[np.float64]
+    lags: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    others: int = 0
+    other_context: int = 0
+
+
+class Planner:
+    """Plans cycles, and learns from them.
+
+    Args:
+        costs: of the engines' calls here.
+        block_size: γ. branches: K, at most; 0 where there is no second drafter.
+        drafts: whether there is a first drafter.
+
+    Attributes:
+        chosen: cycles by what was done in them. expected, came: tokens. predicted: seconds.
+    """
+
+    def __init__(self, costs: Costs, block_size: int, branches: int, *, drafts: bool) -> None:
+        self.costs, self.block_size, self.drafts = costs, block_size, drafts
+        self.branches = min(branches, block_size - 1)
+        start, ratio = PRIOR
+        self.first: NDArray[np.float64] = np.tile(start * ratio ** np.arange(NODES - 1), (BUCKETS, 1))
+        self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
+        self.levels: dict[Sequence, float] = {}
+        self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
+        self.credit = 0.0  # seconds that may be spent on finding out
+        self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
+        self.reach = 16  # nodes of a tree that are worth a look
+        self.chosen: Counter[str] = Counter()
+        self.expected = self.came = self.predicted = 0.0
+
+    def begin(self, now: Situation) -> Plan:
+        """Step 1: which sequences to draft for."""
+        plain = self._verify(now, now.text, 0.0)
+        if not self.drafts:
+            return Plan([])
+        drafted = self._drafted(now)
+        order = np.argsort(now.text.sum(1) - drafted.sum(1), kind="stable").tolist()
+        best, chosen = plain.gain + MARGIN * len(order), 0
+        size = 1
+        while size <= len(order):
+            some = order[:size]
+            values = now.text.copy()
+            values[some] = drafted[some]
+            gain = self._verify(now, values, self._drafting(now, some, 0)).gain
+            if gain > best:
+                best, chosen = gain, size
+            size = min(2 * size, len(order)) if size < len(order) else size + 1
+        if chosen:
+            self.patience["draft"] = 1.0
+            return Plan(sorted(order[:chosen]))
+        price = self._drafting(now, order[:1], 0, at_once=True)
+        return Plan(order[:1], probing=True) if self._probes("draft", price) else Plan([])
+
+    def redraft(self, now: Situation, plan: Plan, values: NDArray[np.float64], shares: NDArray[np.float64]) -> None:
+        """Step 2: how many branches the second drafter fills.
+
+        Args:
+            values: ``[b, N - 1]``, of the nodes that there are without. shares: ``[K]``, how likely the rejection of a first
+                draft is among the 1, 2, … likeliest boundaries, on average.
+        """
+        if not self.branches or not plan.drafted:
+            return
+        spent = self._drafting(now, plan.drafted, 0)
+        best = self._verify(now, values, spent).gain + MARGIN * len(values)
+        branches = 1
+        while branches <= self.branches:
+            promised = self._redrafted(plan, values, shares[branches - 1])
+            gain = self._verify(now, promised, spent + self._drafting(now, plan.drafted, branches)).gain
+            if gain > best:
+                best, plan.branches = gain, branches
+            branches = min(2 * branches, self.branches) if branches < self.branches else branches + 1
+        if plan.branches:
+            self.patience["redraft"] = 1.0
+        elif not plan.probing and self._probes("redraft", self._drafting(now, plan.drafted, self.branches, at_once=True)):
+            plan.branches, plan.probing = self.branches, True
+
+    def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
+        """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
+        spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
+        spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
+        best = self._verify(now, values, spent)
+        plan.nodes, plan.expected, plan.seconds = best.nodes, best.expected, best.seconds
+        self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
+
+    def learn(self, now: Situation, plan: Plan, came: int) -> None:
+        """After a cycle. came: tokens committed."""
+        kind = "redraft" if plan.branches else "draft" if plan.drafted else "text" if max(plan.nodes) > 1 else "plain"
+        self.chosen[f"{kind}, probing" if plan.probing else kind] += 1
+        self.expected += plan.expected
+        self.came += came
+        self.predicted += plan.seconds
+        self.credit = min(self.credit + BUDGET * plan.seconds, 5 * plan.seconds)
+        if not now.others:
+            tokens, seconds = self.rates.get(len(plan.nodes), (0.0, 0.0))
+            self.rates[len(plan.nodes)] = (tokens * (1 - MEMORY) + came, seconds * (1 - MEMORY) + plan.seconds)
+
+    def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
+        """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
+        for b in plan.drafted:
+            bucket, sequence = _bucket(now.text[b]), now.sequences[b]
+            seen = np.zeros(NODES - 1)
+            seen[: values.shape[1]] = values[b, : NODES - 1]
+            expected = self.first[bucket, : values.shape[1]].sum()
+            level = self.levels.get(sequence, 1.0)
+            self.levels[sequence] = level + (seen.sum() / max(expected, 1e-6) - level) / LEVEL_MEMORY
+            self.first[bucket] += MEMORY * (seen - self.first[bucket])
+
+    def saw_redrafts(self, plan: Plan, before: NDArray[np.float64], after: NDArray[np.float64], share: float) -> None:
+        """Take note of what redrafts added. before, after: ``[b, N - 1]``."""
+        for b in plan.drafted:
+            gained = np.zeros(NODES - 1)
+            size = min(before.shape[1], after.shape[1], NODES - 1)
+            gained[:size] = (after[b, :size] - before[b, :size]) / max(share, 0.1)
+            self.more += MEMORY * (gained - self.more)
+
+    def promised(self, now: Situation, plan: Plan) -> NDArray[np.float64]:
+        """What the trees should be worth by what is known so far, ``[b, N - 1]``."""
+        values = now.text.copy()
+        values[plan.drafted] = self._drafted(now)[plan.drafted]
+        return self._redrafted(plan, values, 1.0) if plan.branches else values
+
+    def forget(self, sequence: Sequence) -> None:
+        self.levels.pop(sequence, None)
+
+    def _drafted(self, now: Situation) -> NDArray[np.float64]:
+        """What first drafts would be worth, ``[b, N - 1]``; never less than the text alone."""
+        curves = [self.first[_bucket(text)] * self.levels.get(s, 1.0) for s, text in zip(now.sequences, now.text, strict=True)]
+        return np.maximum(np.minimum(np.array(curves), 1.0)[:, : now.text.shape[1]], now.text)
+
+    def _redrafted(self, plan: Plan, values: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+        more = np.zeros_like(values)
+        size = min(values.shape[1], NODES - 1)
+        more[plan.drafted, :size] = self.more[:size] * share
+        return np.clip(values + more, 0.0, 1.0)
+
+    def _drafting(self, now: Situation, some: Many[int], branches: int, *, at_once: bool = False) -> float:
+        """Seconds of a call of the second drafter, or with no branches of the first, for some of the sequences.
+
+        What a drafter must catch up with beyond a usual cycle is shared among the cycles to come, unless ``at_once``.
+        """
+        cost = self.costs.second if branches else self.costs.first
+        blocks = len(some) * self.block_size * max(branches, 1)
+        lags = now.lags[1 if branches else 0][list(some)]
+        usual = np.minimum(lags, self.block_size)
+        context = int(now.contexts[list(some)].sum())
+        now_and_then, all_of_it = cost(np.array([blocks + usual.sum(), blocks + lags.sum()]), len(some), context)
+        if at_once:
+            return float(all_of_it)
+        left = np.mean([s.max_tokens - len(s.answer) for s in (now.sequences[b] for b in some)])
+        return float(now_and_then + max(0.0, all_of_it - now_and_then) / np.clip(left / 3, 1, HORIZON))
+
+    def _verify(self, now: Situation, values: NDArray[np.float64], spent: float) -> "_Verified":
+        """The most gainful nodes of all, when ``spent`` seconds went before. values: ``[b, N - 1]``, falling."""
+        size = values.shape[1]
+        pool = values.reshape(-1)
+        order = np.argsort(-pool, kind="stable")
+        order = order[: int((pool > 1e-3).sum())]
+        expected = len(values) + np.concatenate([[0.0], np.cumsum(pool[order])])
+        rows = now.others + len(values) + np.arange(len(order) + 1)
+        context = int(now.contexts.sum()) + now.other_context
+        seconds = spent + self.costs.target(rows, len(values), context)
+        gain = expected - self._rate(now) * seconds
+        best = int(gain.argmax())
+        if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
+            best = 0
+        nodes = 1 + np.bincount(order[:best] // max(size, 1), minlength=len(values))
+        return _Verified(float(gain[best]), nodes.tolist(), float(expected[best]), float(seconds[best]))
+
+    def _rate(self, now: Situation) -> float:
+        """λ, tokens a second; until there are any, those of plain decoding."""
+        size = len(now.sequences)
+        if size not in self.rates:
+            seconds = self.costs.target(np.array([size]), size, int(now.contexts.sum()))
+            self.rates[size] = (float(size), float(seconds[0]))
+        tokens, seconds_ = self.rates[size]
+        return tokens / seconds_
+
+    def _probes(self, what: str, price: float) -> bool:
+        """Whether it is time to find out; each time that it did not pay, the next is further away."""
+        if self.credit < price * self.patience[what]:
+            return False
+        self.credit -= price * self.patience[what]
+        self.patience[what] = min(2 * self.patience[what], 8.0)
+        return True
+
+
+@dataclass(frozen=True)
+class _Verified:
+    gain: float
+    nodes: list[int]
+    expected: float
+    seconds: float
+
+
+def _bucket(text: NDArray[np.float64]) -> int:
+    """How sure the text is of its best token."""
+    likeliest = text[0] if len(text) else 0.0
+    return 0 if likeliest < 0.05 else 1 if likeliest < 0.6 else 2

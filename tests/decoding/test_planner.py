@@ -1,0 +1,139 @@
+"""What ``auto`` chooses: by costs that are staircases, and never at plain decoding's expense."""
+
+import numpy as np
+import pytest
+
+from decoding.acceptance import Walk
+from decoding.calibration import Calibration
+from decoding.planner import BUDGET, Planner, Situation
+from decoding.sampling import Sampling
+from decoding.sequence import Sequence
+from tests.decoding.test_lossless import decoder, run
+from tests.decoding.toys import VOCABULARY, ToyCosts
+
+
+def situation(text, lags=0, **beside):
+    text = np.array(text, float)
+    batch = len(text)
+    sequences = [Sequence([1], 100) for _ in range(batch)]
+    return Situation(sequences, text, np.full((2, batch), lags), np.full(batch, 50), **beside)
+
+
+def planned(costs, now, values=None, drafts=True):
+    planner = Planner(costs, 8, 4, drafts=drafts)
+    plan = planner.begin(now)
+    planner.finish(now, plan, now.text if values is None else np.array(values, float))
+    return plan
+
+
+def test_every_number_of_nodes_is_looked_at():
+    """A step that does not pay by itself is taken if the one behind it does."""
+
+    class Steps(ToyCosts):
+        def target(self, rows, sequences, context):
+            return np.where(rows < 2, 1.0, np.where(rows < 20, 2.0, 2.05))
+
+    few, many = [[0.5] * 10 + [0.0] * 20], [[0.5] * 30]
+    assert planned(Steps(), situation(few), drafts=False).nodes[0] > 5
+    assert planned(Steps(), situation(many), drafts=False).nodes == [31]
+    assert planned(Steps(), situation([[0.3] * 2 + [0.0] * 9]), drafts=False).nodes == [1]
+
+
+def test_rows_are_one_pool():
+    costs = ToyCosts(base=1.0, step=0.5, width=4)
+    plan = planned(costs, situation([[0.9, 0.8, 0.1, 0.1], [0.2, 0.1, 0.0, 0.0]]), drafts=False)
+    assert plan.nodes == [3, 1]
+
+
+def test_plain_decoding_is_what_it_costs():
+    """Where neither text nor drafts pay, no row is added."""
+    plan = planned(ToyCosts(base=0.0, step=1.0, width=1, first=5.0), situation([[0.3, 0.1]] * 3))
+    assert (plan.drafted, plan.branches, plan.nodes) == ([], 0, [1, 1, 1])
+
+
+def test_catching_up_is_in_the_price():
+    costs = ToyCosts(base=1.0, step=0.1, width=16, first=0.3)
+    assert planned(costs, situation([[0.0] * 40])).drafted == [0]
+    assert planned(costs, situation([[0.0] * 40], lags=30_000)).drafted == []
+
+
+def test_rows_of_others_move_the_staircase():
+    costs = ToyCosts(base=1.0, step=1.0, width=8)
+    text = [[0.1] * 7]
+    assert planned(costs, situation(text), drafts=False).nodes == [8]
+    assert planned(costs, situation(text, others=7), drafts=False).nodes == [8]
+    assert planned(costs, situation(text, others=4), drafts=False).nodes == [4]
+
+
+COSTS = {
+    "rows for nothing": ToyCosts(base=1.0, step=0.0, first=0.1, second=0.1),
+    "rows for what they are": ToyCosts(base=0.0, step=1.0, width=1, first=0.5),
+    "dear drafters": ToyCosts(base=1.0, step=0.05, width=8, first=3.0, second=3.0),
+    "as on a CPU": ToyCosts(base=1.0, step=0.4, width=8, first=0.2, second=0.2),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_it_is_never_slower_than_plain_decoding(name, slots):
+    """By the clock of the costs: what all calls took, probes and catching up too."""
+    costs = COSTS[name]
+    costs.observed.clear()
+    made = decoder("auto", costs=costs)
+    sequences = [Sequence([i % VOCABULARY, 1, 3], 60, Sampling(0.5, seed=i)) for i in range(9)]
+    run(made, sequences, slots, piece=1000)
+    took = sum(float(getattr(costs, e)(np.array([max(r, n)]), n, c)[0]) for e, r, n, c in costs.observed if e != "target")
+    took += sum(float(costs.target(np.array([r]), n, c)[0]) for e, r, n, c in costs.observed if e == "target")
+    committed = sum(len(s.answer) for s in sequences)
+    plain = committed / slots * float(costs.target(np.array([slots]), slots, 0)[0])
+    assert took < plain * (1 + 4 * BUDGET) + 5 * slots
+    planner = made.drafting.auto.planner
+    assert sum(planner.chosen.values()) > 0
+    assert planner.came == committed
+    if name == "rows for nothing":
+        assert took < 0.7 * plain
+    if name in ("rows for what they are", "dear drafters"):
+        calls = sum(e != "target" for e, *_ in costs.observed)
+        assert calls < 0.1 * sum(e == "target" for e, *_ in costs.observed)
+
+
+def test_what_is_expected_comes():
+    """Toy drafters are sure of the wrong things; what they say is corrected."""
+    made = decoder("auto", costs=COSTS["rows for nothing"])
+    planner = made.drafting.auto.planner
+    run(made, [Sequence([i % VOCABULARY, 1, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
+    expected, came = planner.expected, planner.came
+    assert expected > 1.1 * came
+    run(made, [Sequence([i % VOCABULARY, 2, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
+    assert planner.expected - expected == pytest.approx(planner.came - came, rel=0.15)
+
+
+def test_drafting_comes_back():
+    """A bad stretch, in which drafts are worth nothing, does not end speculation for good."""
+    costs = ToyCosts(base=1.0, step=0.2, width=8, first=0.2, second=0.2)
+    made = decoder("auto", costs=costs)
+    planner = made.drafting.auto.planner
+    planner.first[:] = 0.0
+    sequence = Sequence([1, 2], 3000)
+    made.open(sequence)
+    made.cycle([], [(sequence, 1)])
+    while not sequence.finish:
+        made.cycle([sequence])
+    assert planner.chosen["draft, probing"] > 0
+    assert planner.chosen["draft"] + planner.chosen["redraft"] > planner.chosen["draft, probing"]
+
+
+def test_probabilities_are_corrected_by_what_comes():
+    calibration = Calibration()
+    rng = np.random.default_rng(0)
+    p = 0.5
+    for _ in range(3000):
+        hit = rng.random() < 0.8
+        calibration.learn(Walk(None, [0, 1] if hit else [0], [], [-1, 0], [0, 1], [0, 1], [1.0, p]))
+        factor = calibration.factors[1, 1]
+        p = 0.5 * factor / (0.5 + 0.5 * factor)
+    assert p == pytest.approx(0.8, abs=0.08)
+    assert calibration.factors[2].tolist() == [1.0] * calibration.factors.shape[1]
+    for _ in range(3000):
+        calibration.learn(Walk(None, [0], [], [-1, 0], [0, 1], [0, 1], [1.0, 0.9]))
+    assert calibration.factors.min() >= np.exp(-1.51)
