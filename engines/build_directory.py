@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines import costs
+from engines.costs import Costs
 from engines.dense import DenseEngine, Drafter, Target
 from engines.engine import GraphInfo
+from engines.memory import pool_blocks
 
 
 class BuildDirectoryError(RuntimeError):
@@ -54,32 +57,86 @@ class BuildDirectory:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 
-    def load(self) -> tuple[Target, Drafter | None, Drafter | None]:
-        """Load the target and, if the pipeline has them, both drafters on the configured runtime.
+    @property
+    def vocabulary(self) -> int:
+        """V, of the target."""
+        return int(self.manifest["graphs"]["target"]["info"]["vocabulary"])
+
+    def load(self) -> tuple[Any, Any, Any]:
+        """Load the target and, if the pipeline has them, both drafters on the configured runtime; None for those it lacks.
+
+        Returns:
+            Engines as ``decoding/engines.py`` asks for them.
 
         Raises:
-            EngineError: the runtime is not to be had here.
+            EngineError: the runtime is not to be had here, or the machine has not the memory.
         """
-        load = self._loader()
+        make = self._loader()
         target, *drafters = (
-            load(self.path / "engines" / graph, GraphInfo(**recorded["info"]), recorded)
+            make(self.path / "engines" / graph, GraphInfo(**recorded["info"]), recorded)
             for graph, recorded in self.manifest["graphs"].items()
         )
-        first, second = (Drafter(engine) for engine in drafters) if drafters else (None, None)
-        return Target(target), first, second
+        first, second = drafters or (None, None)
+        return target, first, second
 
-    def _loader(self) -> Callable[[Path, GraphInfo, dict[str, Any]], DenseEngine]:
-        """What loads an engine from its folder, on the runtime that the build is for."""
+    def _loader(self) -> Callable[[Path, GraphInfo, dict[str, Any]], Any]:
+        """What makes a model of an engine's folder, on the runtime that the build is for."""
         options = self.manifest["engine"]
+        if options["backend"] == "openvino":
+            return self._paged(options["precision"])
+        make: Callable[[Path, GraphInfo, dict[str, Any]], DenseEngine]
         if options["backend"] == "onnxruntime":
             from engines.onnxruntime import OnnxRuntimeEngine, choose
 
             provider = choose(options["providers"])
-            return lambda folder, info, _: OnnxRuntimeEngine(folder / "model.onnx", info, provider)
-        from engines.tensorrt import TensorRTEngine, require
+            make = lambda folder, info, _: OnnxRuntimeEngine(folder / "model.onnx", info, provider)  # noqa: E731
+        else:
+            from engines.tensorrt import TensorRTEngine, require
 
-        trt = require(options["backend"])
-        return lambda folder, info, recorded: TensorRTEngine(folder / "model.engine", info, recorded["engine"], trt)
+            trt = require(options["backend"])
+            make = lambda folder, info, recorded: TensorRTEngine(  # noqa: E731
+                folder / "model.engine", info, recorded["engine"], trt
+            )
+        return lambda folder, info, recorded: (Target if info.mask_id < 0 else Drafter)(make(folder, info, recorded))
+
+    def _paged(self, wanted: str) -> Callable[[Path, GraphInfo, dict[str, Any]], Any]:
+        from engines.openvino import OpenVinoGraph, choose, require
+        from engines.paged import PagedDrafter, PagedTarget, block_bytes, sequence_blocks
+
+        require()
+        precision, limits = choose(wanted), self.manifest["limits"]
+        infos = [GraphInfo(**recorded["info"]) for recorded in self.manifest["graphs"].values()]
+        one = sequence_blocks(limits["length"])
+        blocks = pool_blocks(limits["kv_memory"], sum(map(block_bytes, infos)), one * limits["sequences"], one)
+
+        def make(folder: Path, info: GraphInfo, _: dict[str, Any]) -> Any:
+            graph = OpenVinoGraph(folder, info, precision, blocks)
+            return PagedTarget(graph) if info.mask_id < 0 else PagedDrafter(graph)
+
+        return make
+
+    def costs(self, target: Any, first: Any, second: Any, again: bool = False, say: Callable[[str], None] = print) -> Costs:
+        """What calls of these engines take on this machine: what the build's file says, or measured now.
+
+        Args:
+            again: measure, whatever the file says. say: told of the progress.
+        """
+        graphs = self.manifest["graphs"]
+        identity = {
+            "form": costs.FORM,
+            "machine": costs.machine(),
+            "runtime": target.runtime,
+            "engines": {name: recorded["key"] for name, recorded in graphs.items()},
+        }
+        file = self.path / "costs.json"
+        known = None if again else costs.load(file, identity)
+        if known is None:
+            say(f"costs: measuring what calls take on {identity['machine']}")
+            info = graphs["target"]["info"]
+            drafters = [drafter for drafter in (first, second) if drafter is not None]
+            known = costs.measure(target, drafters, info["feature_width"], self.manifest["limits"]["length"], say)
+            costs.save(file, identity, known)
+        return known
 
     def check_machine(self) -> None:
         """See whether this machine can run the engines, without loading them.

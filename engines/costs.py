@@ -230,7 +230,7 @@ def _table(calls: Any, long: int) -> Table:
     for sequence in more:
         calls.engine.close(sequence)
     calls.fill(one, long - short)
-    widths = [n for n in (1, 8, 32) if n in flat]
+    widths: list[int] = [n for n in (1, 8, 32) if n in flat]
     context = [max(0.0, (seconds([one], n) - flat[n]) / max(long - short, 1)) for n in widths]
     calls.engine.reset()
     seconds_of = [max(flat[n] - short * float(np.interp(n, widths, context)), 1e-6) for n in sizes]

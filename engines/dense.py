@@ -145,7 +145,7 @@ class Sequences:
     """What a model over an engine hands through: its sequences, and its memory."""
 
     def __init__(self, engine: DenseEngine) -> None:
-        self.engine = engine
+        self.engine, self.runtime = engine, engine.runtime
         self.room, self.length = engine.room, engine.length
         self.send, self.read = engine.send, engine.read
 

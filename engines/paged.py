@@ -1,4 +1,4 @@
-"""Models whose KV caches are blocks of a common pool: the target and the drafters over a graph that takes rows of many sequences.
+"""Models whose KV caches are blocks of a pool: the target and the drafters over a graph that takes rows of many sequences.
 
 A call costs what its rows cost: those of all sequences lie in one row, and attention reads the blocks in use. What a sequence
 has begun with is shared: a block whose tokens, and all before them, another sequence had too is not computed again. The pool
@@ -131,16 +131,16 @@ class Paged:
     """Sequences over a graph's pool of blocks. Method contracts: ``decoding/engines.py``."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+        self.graph, self.runtime = graph, graph.runtime
         self.reset()
 
     def room(self, rows: int) -> bool:
-        return _blocks(rows) + SCRATCH <= self.pool.available
+        return sequence_blocks(rows) <= self.pool.available
 
     def open(self, tokens: list[int], rows: int) -> int:
         shared, number = self.pool.share(tokens)
         try:
-            own = self.pool.take(max(0, _blocks(rows) + SCRATCH - len(shared)))
+            own = self.pool.take(max(0, sequence_blocks(rows) - len(shared)))
         except EngineError:
             self.pool.release(shared)
             raise
@@ -290,7 +290,9 @@ class PagedDrafter(Paged):
             np.concatenate(features, out=rows[0])
         blocks = block_ids.reshape(1, -1) if n else np.full((1, 1), self.mask_id)
         committed = [one.length + np.arange(m) for one, m in zip(held, new, strict=True)]
-        at = np.concatenate([*(committed if sum(new) else [np.zeros(1, np.int64)]), positions.reshape(-1) if n else np.zeros(1)])
+        at = np.concatenate(
+            [*(committed if sum(new) else [np.zeros(1, np.int64)]), positions.reshape(-1) if n else np.zeros(1)]
+        )
         key, query, out = [], [], []
         begin = 0
         for b, m in enumerate(new):
@@ -301,7 +303,7 @@ class PagedDrafter(Paged):
             begin += m + 2 * n
         counts = [m + 2 * n for m in new]
         inputs = self.layout(held, counts, [_twice(m, own) for m, own in zip(new, mask, strict=True)])
-        inputs |= {"features": rows, "block_ids": blocks, "positions": at.astype(np.int64)[None]}
+        inputs |= {"features": rows, "block_ids": blocks, "positions": at[None]}
         inputs |= {"key_rows": np.concatenate(key), "query_rows": np.concatenate(query)}
         inputs["out_rows"] = np.concatenate(out) if n else np.zeros(1, np.int64)
         made = self.graph.run(inputs)
@@ -321,6 +323,17 @@ def _twice(features: int, mask: Bools) -> Bools:
     sees[features + n :, features : features + n] = mask
     sees[features + n :, features + n :] = False
     return sees
+
+
+def sequence_blocks(rows: int) -> int:
+    """That a sequence of up to so many tokens takes."""
+    return _blocks(rows) + SCRATCH
+
+
+def block_bytes(info: GraphInfo) -> int:
+    """Of a block in the pool of a graph, the features of a target's tokens among them."""
+    features = info.feature_width if info.mask_id < 0 else 0
+    return 4 * BLOCK * (2 * info.layers * info.kv_heads * info.head_dim + features)
 
 
 def _blocks(rows: int) -> int:

@@ -18,6 +18,7 @@ compute without unfolding it. A minimum is a second, small product: of the sums 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,7 @@ class Blocks:
 
     def rows(self, order: NDArray[np.int64]) -> "Blocks":
         """The same rows in another order."""
-        return Blocks(
-            self.codes[order], self.scales[order], None if self.minima is None else self.minima[order], self.bits
-        )
+        return Blocks(self.codes[order], self.scales[order], None if self.minima is None else self.minima[order], self.bits)
 
 
 def read_gguf(path: Path) -> dict[str, Blocks]:
@@ -133,10 +132,10 @@ def _q4_k(raw: NDArray[np.uint8], columns: int) -> Blocks:
 def _q6_k(raw: NDArray[np.uint8], columns: int) -> Blocks:
     """Super-blocks of 256: 128 bytes of low halves, 64 of the upper two bits, 16 scales, d."""
     blocks = raw.reshape(len(raw), -1, 210)
-    low = blocks[..., :128].reshape(*blocks.shape[:2], 2, 1, 64)
-    low = (low >> np.array([0, 4], np.uint8)[:, None]) & 15
-    high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
-    high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    packed = blocks[..., :128].reshape(*blocks.shape[:2], 2, 1, 64)
+    low = (packed >> np.array([0, 4], np.uint8)[:, None]) & 15
+    packed = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    high = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
     codes = low.reshape(*blocks.shape[:2], 256) | (high.reshape(*blocks.shape[:2], 256) << 4)
     scales = _half(blocks[..., 208:])[..., None] * np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
     codes = (codes.astype(np.int16) - 32).astype(np.int8)
@@ -154,6 +153,9 @@ READERS: dict[GGMLQuantizationType, Callable[[NDArray[np.uint8], int], Blocks]] 
 
 class BlockLinear(nn.Module):
     """A linear layer without bias whose weights stay in blocks, ``[..., K]`` to ``[..., N]``; for export only."""
+
+    scales: Tensor
+    minima: Tensor | None
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
@@ -177,6 +179,9 @@ class BlockLinear(nn.Module):
 class BlockEmbedding(nn.Module):
     """An embedding whose rows stay in blocks: only those asked for are unfolded."""
 
+    rows: Tensor
+    scales: Tensor
+
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
         assert blocks.minima is None
@@ -192,7 +197,7 @@ class BlockEmbedding(nn.Module):
 
 def _dequantised(codes: Tensor, scales: Tensor, size: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():
-        options = {"axis": 0, "block_size": size}
+        options: Any = {"axis": 0, "block_size": size}
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", (codes, scales), options, dtype=scales.dtype, shape=codes.shape, version=21
         )

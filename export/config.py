@@ -15,6 +15,7 @@ from decoding.modes import ModeName, Redraft, Selection
 CompiledBackend = Literal["tensorrt", "tensorrt_rtx"]
 Backend = Literal["openvino", "onnxruntime", CompiledBackend]
 Weights = Literal["auto", "f32", "int8", "int4"]
+ALONE: tuple[ModeName, ...] = ("auto", "lookup", "autoregressive")  # what can be decoded without drafters
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -50,7 +51,7 @@ class DraftersSection(Section):
 class DecodingSection(Section):
     """How a cycle drafts and verifies (docs/method.md)."""
 
-    mode: ModeName = "d2sd"
+    mode: ModeName = "auto"
     block_size: int | None = Field(None, ge=2, le=64, description="γ; left out: what the first drafter was trained with")
     branches: int = Field(4, ge=1, le=16, description="K, redrafted branches a cycle")
     selection: Selection = Field(
@@ -158,8 +159,8 @@ class Pipeline(Section):
 
     @model_validator(mode="after")
     def _drafted(self) -> "Pipeline":
-        if self.drafters is None and self.decoding.mode != "autoregressive":
-            raise ValueError(f"drafters for decoding.mode {self.decoding.mode}, or decoding.mode autoregressive")
+        if self.drafters is None and self.decoding.mode not in ALONE:
+            raise ValueError(f"drafters for decoding.mode {self.decoding.mode}, or decoding.mode {', '.join(ALONE)}")
         return self
 
     def without_drafters(self) -> "Pipeline":

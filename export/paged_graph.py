@@ -19,9 +19,9 @@ sequence's rows and cache blocks lie. Bindings of a call over S sequences, besid
 
 ``past_lengths``, ``mask`` and the ``new_*`` outputs are gone.
 
-Weights in blocks that have minima come in two forms, each exact. As they are: a product with the codes, and a small one with the
-minima, for CPUs that multiply 8-bit codes (VNNI). With zero points, ``(code - zero point) · scale``: one product less, for
-CPUs that unfold the codes anyway.
+Weights in blocks that have minima come in two forms, each exact. As they are: a product with the codes, and a small one with
+the minima, for CPUs that multiply 8-bit codes (VNNI). With zero points, ``(code - zero point) · scale``: one product less,
+for CPUs that unfold the codes anyway.
 """
 
 from pathlib import Path

@@ -83,8 +83,8 @@ class Answerer:
     def __init__(self, target: Target, directory: BuildDirectory, slots: int = SLOTS) -> None:
         self.limit = int(directory.manifest["limits"]["length"])
         self.end_ids = frozenset(directory.manifest["end_ids"])
-        decoder = Decoder(target, None, None, block_size=2, branches=1, vocabulary=target.engine.info.vocabulary)
-        self.scheduler = Scheduler(decoder, slots, "autoregressive")
+        decoder = Decoder(target, None, None, mode="autoregressive", block_size=2, branches=1, vocabulary=directory.vocabulary)
+        self.scheduler = Scheduler(decoder, slots)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory.tokenizer, local_files_only=True)
 
     def answer(self, asked: Iterable[Answer], tokens: int) -> Iterator[Answer]:

@@ -169,7 +169,7 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     target, first, second = directory.load()
     assert first is not None
     assert second is not None
-    vocabulary = target.engine.info.vocabulary
+    vocabulary = directory.vocabulary
     del target
     folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
     assert pipeline.drafters is not None

@@ -28,9 +28,10 @@ class TritonPythonModel:
         manifest = self.build.manifest
         self.limits, self.end_ids = manifest["limits"], manifest["end_ids"]
         options = manifest["decoding"]
-        target, first, second = self.build.load()
+        engines = target, first, second = self.build.load()
+        costs = self.build.costs(*engines, say=pb_utils.Logger.log_info)
         self.modes = [name for name, mode in MODES.items() if first is not None or not mode.drafts]
-        self.vocabulary = target.engine.info.vocabulary
+        self.vocabulary = self.build.vocabulary
         decoder = Decoder(
             target,
             first,
@@ -41,9 +42,10 @@ class TritonPythonModel:
             vocabulary=self.vocabulary,
             selection=options["selection"],
             redraft=options["redraft"],
+            costs=costs,
         )
         self.text = text.Vocabulary(Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json")))
-        self.scheduler = Scheduler(decoder, self.limits["sequences"], queue=self.limits["waiting"])
+        self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])
         self._warm_up()
         log = pb_utils.Logger
         self.loop = ServingLoop(self.scheduler, Metrics().count, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
