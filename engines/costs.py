@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 Seconds = NDArray[np.float64]
 
-SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256)  # rows that are measured
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
 REACH = 0.03  # weight of a call in the correction
 FORM = 1  # of the file
@@ -165,7 +165,8 @@ class _TargetCalls:
         positions = self.engine.send(starts[:, None] + np.arange(n))
         mask = self.engine.send(np.broadcast_to(np.tri(n, dtype=bool), (batch, n, n)).copy())
         made = self.engine.forward(sequences, ids, positions, mask, [n] * batch)
-        self.engine.read(made.choose(self.engine.send(np.zeros(batch, np.int64)), [_GREEDY] * batch, None))
+        uniforms = self.engine.send(np.zeros(batch))
+        self.engine.read(made.choose(self.engine.send(np.zeros(batch, np.int64)), [_GREEDY] * batch, uniforms))
 
 
 class _DrafterCalls:
@@ -207,11 +208,11 @@ def _table(calls: Any, long: int) -> Table:
     def seconds(sequences: Sequence[int], n: int) -> float:
         calls.call(sequences, n)  # a shape that was never met takes longer
         times = []
-        for _ in range(2 if n > 48 else 4):
+        for _ in range(2 if n > 32 else 4):
             start = time.perf_counter()
             calls.call(sequences, n)
             times.append(time.perf_counter() - start)
-        return float(np.median(times))
+        return min(times)  # what else the machine does is not the engine's; serving corrects it
 
     calls.engine.reset()
     sizes = [n for n in SIZES if n + long < calls.most]

@@ -290,9 +290,8 @@ class PagedDrafter(Paged):
             np.concatenate(features, out=rows[0])
         blocks = block_ids.reshape(1, -1) if n else np.full((1, 1), self.mask_id)
         committed = [one.length + np.arange(m) for one, m in zip(held, new, strict=True)]
-        at = np.concatenate(
-            [*(committed if sum(new) else [np.zeros(1, np.int64)]), positions.reshape(-1) if n else np.zeros(1)]
-        )
+        lone = [np.zeros(1, np.int64)]
+        at = np.concatenate([*(committed if sum(new) else lone), *([positions.reshape(-1)] if n else lone)])
         key, query, out = [], [], []
         begin = 0
         for b, m in enumerate(new):
