@@ -27,10 +27,11 @@ NODES = 48  # of a tree, at most
 MARGIN = 0.02  # of a cycle's tokens: a step must promise more than that beyond what it costs
 BUDGET = 0.01  # share of the time that may be spent on finding out
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
-MEMORY = 1 / 32  # weight of a new cycle in what is remembered
+MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
+RATE_MEMORY = 1 / 128  # and in the rate
 LEVEL_MEMORY = 8.0  # cycles of a sequence that count as much as all others together
-BUCKETS = 3  # how sure the text is: it proposes nothing, something, or something likely
-PRIOR = 0.55, 0.72  # values of a first draft's 1st node, and of each further one to the one before it, before any was seen
+# Of a tree with a first draft, before any was seen: the value of its 1st node, and of each further one to that before it.
+PRIOR = (0.45, 0.62), (0.55, 0.7), (0.8, 0.85)
 PRIOR_REDRAFT = 0.15  # what a redraft adds to the sum of all values, before any was seen
 
 
@@ -86,8 +87,7 @@ class Planner:
     def __init__(self, costs: Costs, block_size: int, branches: int, *, drafts: bool) -> None:
         self.costs, self.block_size, self.drafts = costs, block_size, drafts
         self.branches = min(branches, block_size - 1)
-        start, ratio = PRIOR
-        self.first: NDArray[np.float64] = np.tile(start * ratio ** np.arange(NODES - 1), (BUCKETS, 1))
+        self.first: NDArray[np.float64] = np.array([start * ratio ** np.arange(NODES - 1) for start, ratio in PRIOR])
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, float] = {}
         self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
@@ -161,7 +161,8 @@ class Planner:
         self.credit = min(self.credit + BUDGET * plan.seconds, 5 * plan.seconds)
         if not now.others:
             tokens, seconds = self.rates.get(len(plan.nodes), (0.0, 0.0))
-            self.rates[len(plan.nodes)] = (tokens * (1 - MEMORY) + came, seconds * (1 - MEMORY) + plan.seconds)
+            kept = 1 - RATE_MEMORY
+            self.rates[len(plan.nodes)] = (tokens * kept + came, seconds * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -236,13 +237,11 @@ class Planner:
         return _Verified(float(gain[best]), nodes.tolist(), float(expected[best]), float(seconds[best]))
 
     def _rate(self, now: Situation) -> float:
-        """λ, tokens a second; until there are any, those of plain decoding."""
+        """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that."""
         size = len(now.sequences)
-        if size not in self.rates:
-            seconds = self.costs.target(np.array([size]), size, int(now.contexts.sum()))
-            self.rates[size] = (float(size), float(seconds[0]))
-        tokens, seconds_ = self.rates[size]
-        return tokens / seconds_
+        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0])
+        tokens, seconds = self.rates.get(size, (plain, 1.0))
+        return max(plain, tokens / seconds)
 
     def _probes(self, what: str, price: float) -> bool:
         """Whether it is time to find out; each time that it did not pay, the next is further away."""
@@ -262,6 +261,6 @@ class _Verified:
 
 
 def _bucket(text: NDArray[np.float64]) -> int:
-    """How sure the text is of its best token."""
+    """How sure the text is: it proposes nothing, something, or something likely."""
     likeliest = text[0] if len(text) else 0.0
     return 0 if likeliest < 0.05 else 1 if likeliest < 0.6 else 2
