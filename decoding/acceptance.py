@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_numpy_namespace
 
 from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
@@ -42,14 +42,16 @@ def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array
             the target's next tokens ``[B]``.
 
     Returns:
-        nodes: ``[B, D]``, D = tree.height + 1: the accepted ones, the anchor first, then ``GONE``. The target's rows for them
-            enter the cache.
+        nodes: ``[B, D]``, D = tree.height + 1, or less where the host sees that all have ended: the accepted ones, the anchor
+            first, then ``GONE``. The target's rows for them enter the cache.
         tokens: ``[B, D]``: behind each node the committed one; void behind ``GONE``. The last is the new anchor.
     """
     xp = array_namespace(tree.tokens)
     node = xp.zeros_like(tree.tokens[:, 0])
     nodes, tokens = [], []
     for depth in range(tree.height + 1):
+        if depth and is_numpy_namespace(xp) and not (node >= 0).any():
+            break
         token = choose(depth, node)
         nodes.append(node)
         tokens.append(token)

@@ -226,10 +226,11 @@ def _joined(proposals: Sequence[Options]) -> Options:
         both = 1 - (1 - other.probabilities) * (1 - theirs)
         left = 1 - xp.sum(both, axis=-1, keepdims=True)
         left = xp.where(left < 0, 0.0, left)
-        alone = xp.where(xp.any(same, axis=-2), 0.0, joined.probabilities * left)
+        said = xp.any(same, axis=-2)
+        alone = xp.where(said, 0.0, joined.probabilities * left)
         origins = other.origins | xp.sum(xp.where(same, joined.origins[..., None, :], 0), axis=-1)
         joined = Options(
-            xp.concat([other.tokens, joined.tokens], axis=-1),
+            xp.concat([other.tokens, xp.where(said, -1, joined.tokens)], axis=-1),
             xp.concat([both, alone], axis=-1),
             xp.concat([origins, joined.origins], axis=-1),
         )

@@ -27,10 +27,12 @@ NODES = 48  # of a tree, at most
 MARGIN = 0.02  # of a cycle's tokens: a step must promise more than that beyond what it costs
 BUDGET = 0.01  # share of the time that may be spent on finding out
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
-MEMORY = 1 / 32  # weight of a new cycle in what is remembered
-LEVEL_MEMORY = 8.0  # cycles of a sequence that count as much as all others together
-BUCKETS = 3  # how sure the text is: it proposes nothing, something, or something likely
-PRIOR = 0.55, 0.72  # values of a first draft's 1st node, and of each further one to the one before it, before any was seen
+MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
+PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
+RATE_MEMORY = 1 / 128  # and in the rate
+LEVEL_MEMORY = 16.0  # tokens of a sequence's drafts that count as much as all that is known of others
+# Of a tree with a first draft, before any was seen: the value of its 1st node, and of each further one to that before it.
+PRIOR = (0.45, 0.62), (0.55, 0.7), (0.8, 0.85)
 PRIOR_REDRAFT = 0.15  # what a redraft adds to the sum of all values, before any was seen
 
 
@@ -86,10 +88,9 @@ class Planner:
     def __init__(self, costs: Costs, block_size: int, branches: int, *, drafts: bool) -> None:
         self.costs, self.block_size, self.drafts = costs, block_size, drafts
         self.branches = min(branches, block_size - 1)
-        start, ratio = PRIOR
-        self.first: NDArray[np.float64] = np.tile(start * ratio ** np.arange(NODES - 1), (BUCKETS, 1))
+        self.first: NDArray[np.float64] = np.array([start * ratio ** np.arange(NODES - 1) for start, ratio in PRIOR])
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
-        self.levels: dict[Sequence, float] = {}
+        self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
         self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
@@ -118,7 +119,7 @@ class Planner:
             self.patience["draft"] = 1.0
             return Plan(sorted(order[:chosen]))
         price = self._drafting(now, order[:1], 0, at_once=True)
-        return Plan(order[:1], probing=True) if self._probes("draft", price) else Plan([])
+        return Plan(order[:1], probing=True) if self._probes("draft", price, self._drafting(now, order[:1], 0)) else Plan([])
 
     def redraft(self, now: Situation, plan: Plan, values: NDArray[np.float64], shares: NDArray[np.float64]) -> None:
         """Step 2: how many branches the second drafter fills.
@@ -140,8 +141,10 @@ class Planner:
             branches = min(2 * branches, self.branches) if branches < self.branches else branches + 1
         if plan.branches:
             self.patience["redraft"] = 1.0
-        elif not plan.probing and self._probes("redraft", self._drafting(now, plan.drafted, self.branches, at_once=True)):
-            plan.branches, plan.probing = self.branches, True
+        elif not plan.probing:
+            prices = [self._drafting(now, plan.drafted, self.branches, at_once=at_once) for at_once in (True, False)]
+            if self._probes("redraft", *prices):
+                plan.branches, plan.probing = self.branches, True
 
     def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
@@ -158,10 +161,11 @@ class Planner:
         self.expected += plan.expected
         self.came += came
         self.predicted += plan.seconds
-        self.credit = min(self.credit + BUDGET * plan.seconds, 5 * plan.seconds)
+        self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
         if not now.others:
             tokens, seconds = self.rates.get(len(plan.nodes), (0.0, 0.0))
-            self.rates[len(plan.nodes)] = (tokens * (1 - MEMORY) + came, seconds * (1 - MEMORY) + plan.seconds)
+            kept = 1 - RATE_MEMORY
+            self.rates[len(plan.nodes)] = (tokens * kept + came, seconds * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -169,10 +173,11 @@ class Planner:
             bucket, sequence = _bucket(now.text[b]), now.sequences[b]
             seen = np.zeros(NODES - 1)
             seen[: values.shape[1]] = values[b, : NODES - 1]
-            expected = self.first[bucket, : values.shape[1]].sum()
-            level = self.levels.get(sequence, 1.0)
-            self.levels[sequence] = level + (seen.sum() / max(expected, 1e-6) - level) / LEVEL_MEMORY
-            self.first[bucket] += MEMORY * (seen - self.first[bucket])
+            expected = float(self.first[bucket, : values.shape[1]].sum())
+            brought, usual = self.levels.get(sequence, (LEVEL_MEMORY, LEVEL_MEMORY))
+            kept = 1 - MEMORY
+            self.levels[sequence] = (brought * kept + float(seen.sum()), usual * kept + expected)
+            self.first[bucket] += (PROBE_MEMORY if plan.probing else MEMORY) * (seen - self.first[bucket])
 
     def saw_redrafts(self, plan: Plan, before: NDArray[np.float64], after: NDArray[np.float64], share: float) -> None:
         """Take note of what redrafts added. before, after: ``[b, N - 1]``."""
@@ -193,7 +198,10 @@ class Planner:
 
     def _drafted(self, now: Situation) -> NDArray[np.float64]:
         """What first drafts would be worth, ``[b, N - 1]``; never less than the text alone."""
-        curves = [self.first[_bucket(text)] * self.levels.get(s, 1.0) for s, text in zip(now.sequences, now.text, strict=True)]
+        curves = []
+        for sequence, text in zip(now.sequences, now.text, strict=True):
+            brought, usual = self.levels.get(sequence, (1.0, 1.0))
+            curves.append(self.first[_bucket(text)] * (brought / usual))
         return np.maximum(np.minimum(np.array(curves), 1.0)[:, : now.text.shape[1]], now.text)
 
     def _redrafted(self, plan: Plan, values: NDArray[np.float64], share: float) -> NDArray[np.float64]:
@@ -236,20 +244,19 @@ class Planner:
         return _Verified(float(gain[best]), nodes.tolist(), float(expected[best]), float(seconds[best]))
 
     def _rate(self, now: Situation) -> float:
-        """λ, tokens a second; until there are any, those of plain decoding."""
+        """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that."""
         size = len(now.sequences)
-        if size not in self.rates:
-            seconds = self.costs.target(np.array([size]), size, int(now.contexts.sum()))
-            self.rates[size] = (float(size), float(seconds[0]))
-        tokens, seconds_ = self.rates[size]
-        return tokens / seconds_
+        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0])
+        tokens, seconds = self.rates.get(size, (plain, 1.0))
+        return max(plain, tokens / seconds)
 
-    def _probes(self, what: str, price: float) -> bool:
-        """Whether it is time to find out; each time that it did not pay, the next is further away."""
-        if self.credit < price * self.patience[what]:
+    def _probes(self, what: str, price: float, usual: float) -> bool:
+        """Whether it is time to find out, at a price which is usually less; each time that it did not pay the next is further
+        away."""
+        if self.credit < price + usual * (self.patience[what] - 1):
             return False
-        self.credit -= price * self.patience[what]
-        self.patience[what] = min(2 * self.patience[what], 8.0)
+        self.credit -= price + usual * (self.patience[what] - 1)
+        self.patience[what] = min(2 * self.patience[what], 4.0)
         return True
 
 
@@ -262,6 +269,6 @@ class _Verified:
 
 
 def _bucket(text: NDArray[np.float64]) -> int:
-    """How sure the text is of its best token."""
+    """How sure the text is: it proposes nothing, something, or something likely."""
     likeliest = text[0] if len(text) else 0.0
     return 0 if likeliest < 0.05 else 1 if likeliest < 0.6 else 2

@@ -8,7 +8,7 @@ import numpy as np
 from decoding.sequence import Sequence
 from decoding.sources import TEXT, Source
 
-SIZES = (4, 3, 2)  # tokens of a match that is looked up; a longer one is found by growing it
+SIZES = (4, 3, 2, 1)  # tokens of a match that is looked up; a longer one is found by growing it
 PLACES = 4  # latest ends of each n-gram that are remembered
 LONGEST = 20  # tokens of a match, from which on all are alike
 CONTINUATIONS = 2
@@ -16,30 +16,8 @@ HEIGHT = 16  # tokens of a continuation
 
 # How often a continuation's next token was right, by the tokens matched before it, the continuation's own among them: seen on
 # answers of the demo's target to training prompts. Below: for a second continuation, by the tokens since it left the first.
-SEEN = (
-    0.2,
-    0.3,
-    0.54,
-    0.65,
-    0.7,
-    0.75,
-    0.79,
-    0.81,
-    0.83,
-    0.84,
-    0.85,
-    0.86,
-    0.87,
-    0.87,
-    0.88,
-    0.89,
-    0.9,
-    0.91,
-    0.92,
-    0.94,
-    0.98,
-)
-SEEN_SECOND = (0.16, 0.28, 0.35, 0.43, 0.48, 0.52, 0.56, 0.6, 0.62, 0.64, 0.66, *[0.7] * 10)
+SEEN = np.array([20, 25, 54, 65, 70, 75, 79, 81, 83, 84, 85, 86, 87, 87, 88, 88, 89, 90, 91, 92, 98]) / 100
+SEEN_SECOND = np.array([16, 28, 35, 43, 48, 52, 56, 60, 62, 64, 66, *[70] * 10]) / 100
 assert len(SEEN) == len(SEEN_SECOND) == LONGEST + 1
 WEIGHT = 50.0  # observations that these count for
 OWN_WEIGHT = 8.0  # observations of one text that those of all texts count for
@@ -92,7 +70,7 @@ class Text:
     """The texts of all open sequences, and what their repetitions have been worth."""
 
     def __init__(self) -> None:
-        self.hits = Hits(WEIGHT * np.array([SEEN, SEEN_SECOND]), np.full((2, LONGEST + 1), WEIGHT))
+        self.hits = Hits(WEIGHT * np.stack([SEEN, SEEN_SECOND]), np.full((2, LONGEST + 1), WEIGHT))
         self.open: dict[Sequence, tuple[TextIndex, Hits]] = {}
         self.proposed: dict[Sequence, list[Continuation]] = {}
 

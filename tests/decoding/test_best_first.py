@@ -116,7 +116,9 @@ def test_the_most_valuable_nodes_are_those_of_a_heap(memory, seed, batch, length
         expected = by_heap(given, b, nodes, factors)
         values = np.asarray(tree.values[b])
         found = sorted(values[values > 0].tolist(), reverse=True)
-        np.testing.assert_allclose(found, sorted(expected.values(), reverse=True), rtol=1e-3, atol=1e-6)
+        wanted = sorted(expected.values(), reverse=True)
+        short = max(len(found), len(wanted))  # what is next to nothing may be nothing in f32
+        np.testing.assert_allclose(*(np.pad(x, (0, short - len(x))) for x in (found, wanted)), rtol=1e-3, atol=1e-6)
         assert values.tolist() == sorted(values.tolist(), reverse=True)
         number = {}
         for node in range(len(found)):

@@ -114,7 +114,7 @@ def test_drafting_comes_back():
     made = decoder("auto", costs=costs)
     planner = made.drafting.auto.planner
     planner.first[:] = 0.0
-    sequence = Sequence([1, 2], 3000)
+    sequence = Sequence([1, 2], 1500)
     made.open(sequence)
     made.cycle([], [(sequence, 1)])
     while not sequence.finish:

@@ -57,12 +57,14 @@ def test_the_walk_commits_the_longest_match_and_one_more(memory, batch, truth):
         return memory(np.full(size, truth[depth]))
 
     nodes, tokens = walk(tree, choose)
-    assert tuple(nodes.shape) == tuple(tokens.shape) == (size, length + 1)
+    depth = nodes.shape[1]
+    assert tuple(nodes.shape) == tuple(tokens.shape) == (size, depth)
+    assert depth <= length + 1 if memory is np.asarray else depth == length + 1
     assert asked == np.asarray(nodes).T.tolist()
     for b, branches in enumerate(batch.tolist()):
         longest = max(len(list(_common(branch, truth))) for branch in branches)
         found = nodes[b].tolist()
-        assert found[longest + 1 :] == [GONE] * (length - longest)
+        assert found[longest + 1 :] == [GONE] * (depth - 1 - longest)
         assert [int(tree.tokens[b, node]) for node in found[: longest + 1]] == [90 + b, *truth[:longest]]
         assert tokens[b, : longest + 1].tolist() == truth[: longest + 1]
 
