@@ -19,22 +19,12 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 from client import AsyncClient, Client, Options, ServiceError
-from export.build import build
-from export.config import load
 from tests import tiny
 from triton_repo import serve
 from triton_repo.serve import Ports, ServeError, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY = Ports(0, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    file = tiny.save_pipeline(root)
-    build(load(file), root / "build")
-    return root
 
 
 @pytest.fixture(scope="module")
