@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import time
 from functools import partial
 from pathlib import Path
@@ -139,11 +140,13 @@ def _timeout(request: Any) -> float:
 
 
 def _sampling(request: Any) -> Sampling:
-    """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral."""
+    """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral, and a seed is
+    made up."""
     given = {name: tensors.scalar(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() & {"top_k", "top_p"}:
         given.setdefault("temperature", 1.0)
+    given.setdefault("seed", secrets.randbits(63))
     return Sampling(**given)
 
 
