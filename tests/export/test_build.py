@@ -51,7 +51,7 @@ def test_a_build_is_complete(finished):
     assert manifest["decoding"]["block_size"] == 6
     assert manifest["end_ids"] == [1]
     models = {path.name for path in (finished / "build" / "model_repository").iterdir()}
-    assert models == {"ensemble", "preprocessing", "d2sd"}
+    assert models == {"ensemble", "preprocessing", "d2sd", "tensorrt_llm_bls"}
     assert not [path for path in (finished / "build").rglob("*") if path.name.endswith((".partial", ".old"))]
 
 
@@ -171,10 +171,9 @@ def test_a_full_disk_ends_a_build_in_one_line(pipeline):
 )
 def test_what_is_wrong_with_the_disk(error, reason):
     assert builder.storage_error(error) == reason
-    try:
-        raise ValueError("of a library") from error
-    except ValueError as wrapped:
-        assert builder.storage_error(wrapped) == reason
+    wrapped = ValueError("of a library")
+    wrapped.__cause__ = error
+    assert builder.storage_error(wrapped) == reason
 
 
 def test_two_builds_of_one_directory(pipeline):
