@@ -84,12 +84,12 @@ class TritonPythonModel:
         self.pool.shutdown()
 
 
-def _kind(message: str) -> int:
+def _kind(message: str) -> Any:
     """The kind of an error, of which one model hears from another the words alone."""
     if "try again" in message:
-        return int(pb_utils.TritonError.UNAVAILABLE)
+        return pb_utils.TritonError.UNAVAILABLE
     refused = "allowed: " in message or "messages: " in message or "not JSON" in message or "0 inputs" in message
-    return int(pb_utils.TritonError.INVALID_ARG if refused else pb_utils.TritonError.INTERNAL)
+    return pb_utils.TritonError.INVALID_ARG if refused else pb_utils.TritonError.INTERNAL
 
 
 def _ask(model: str, outputs: list[str], inputs: list[Any], request_id: str) -> Any:
