@@ -1,6 +1,7 @@
 """Ask a served pipeline, in plain or asynchronous Python, over gRPC or HTTP."""
 
 import queue
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
 from client.request import (
+    DECODER,
     ENSEMBLE,
     MODEL,
     Answer,
@@ -31,6 +33,7 @@ Protocol = Literal["grpc", "http"]
 Prompt = str | Sequence[Message]
 USUAL = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 DEFAULTS = Options()
+LEAVING = 5.0  # seconds for a service to hear that it has been left
 
 
 class Client:
@@ -41,7 +44,8 @@ class Client:
         protocol: ``grpc`` or ``http``.
         timeout: seconds to wait for the next response.
 
-    Its methods raise ServiceError when the service refuses a request or cannot be reached.
+    Its methods raise ServiceError when the service refuses a request or cannot be reached. Whoever leaves a stream before its
+    end (``close``, or a ``break`` out of the loop) ends the request.
     """
 
     def __init__(self, address: str | None = None, protocol: Protocol = "grpc", timeout: float = 300.0) -> None:
@@ -63,27 +67,35 @@ class Client:
         """A decoupled model answers over a stream only, even if once."""
         module = tritonclient.grpc
         arrived: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        request_id, begun, ended, silent = uuid.uuid4().hex, False, False, False
         with module.InferenceServerClient(self.address) as service:
             try:
                 if not service.is_server_live():
                     raise ServiceError(f"{self.address}: the service is not live")
                 service.start_stream(lambda result, error: arrived.put((result, error)))
-                service.async_stream_infer(MODEL, to_tensors(named, module), enable_empty_final_response=True)
-                while True:
+                inputs = to_tensors(named, module)
+                service.async_stream_infer(MODEL, inputs, request_id=request_id, enable_empty_final_response=True)
+                begun = True
+                while not ended:
                     result, error = arrived.get(timeout=self.timeout)
                     if error is not None:
+                        ended = True
                         raise ServiceError(_message(error))
                     response = result.get_response()
+                    ended = response.parameters["triton_final_response"].bool_param
                     if response.outputs:
                         yield from_tensors(result)
-                    if response.parameters["triton_final_response"].bool_param:
-                        return
             except queue.Empty:
+                silent = True
                 raise ServiceError(f"no response from {self.address} within {self.timeout:g} s") from None
             except InferenceServerException as error:
                 raise ServiceError(f"{self.address}: {_message(error)}") from None
             finally:
-                service.stop_stream(cancel_requests=True)
+                # An ensemble does not hear that its client has left, so it is told; and a stream that has had its last
+                # response is not cancelled, because Triton would wait for it to end for ever.
+                if begun and not ended:
+                    service.async_stream_infer(DECODER, to_tensors({"stop": True}, module), request_id=request_id)
+                service.stop_stream(cancel_requests=silent)
 
     def _over_http(self, named: dict[str, Any]) -> Iterator[Piece]:
         url = f"http://{self.address}/v2/models/{MODEL}/generate{'_stream' if named['stream'] else ''}"
@@ -140,23 +152,27 @@ class AsyncClient:
         module = tritonclient.grpc.aio
         self._grpc = self._grpc or module.InferenceServerClient(self.address)
 
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {"model_name": MODEL, "inputs": to_tensors(named, module), "enable_empty_final_response": True}
-
-        responses = self._grpc.stream_infer(requests(), stream_timeout=self.timeout)
+        request_id, ended = uuid.uuid4().hex, False
+        request = {"inputs": to_tensors(named, module), "request_id": request_id, "enable_empty_final_response": True}
+        responses = self._grpc.stream_infer(_one({"model_name": MODEL, **request}), stream_timeout=self.timeout)
         try:
             async for result, error in responses:
                 if error is not None:
+                    ended = True
                     raise ServiceError(_message(error))
                 response = result.get_response()
+                ended = ended or response.parameters["triton_final_response"].bool_param
                 if response.outputs:
                     yield from_tensors(result)
-                if response.parameters["triton_final_response"].bool_param:
-                    return
         except InferenceServerException as error:
+            ended = True
             raise ServiceError(f"{self.address}: {_message(error)}") from None
-        finally:
-            responses.cancel()
+        finally:  # as in ``Client``
+            if not ended:
+                responses.cancel()
+                stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, module), "request_id": request_id}
+                async for _ in self._grpc.stream_infer(_one(stop), stream_timeout=LEAVING):
+                    pass
 
     async def _over_http(self, named: dict[str, Any]) -> AsyncIterator[Piece]:
         self._http = self._http or httpx.AsyncClient(timeout=self.timeout)
@@ -171,6 +187,10 @@ class AsyncClient:
                         yield from_json(line.removeprefix("data: "))
         except httpx.HTTPError as error:
             raise ServiceError(f"{self.address}: {error}") from None
+
+
+async def _one(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield request
 
 
 def _message(error: InferenceServerException) -> str:

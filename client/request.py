@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 from tritonclient.utils import np_to_triton_dtype
 
-MODEL = "ensemble"
+MODEL, DECODER = "ensemble", "d2sd"  # what is asked, and the part of it that is told to stop
 ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of its steps
 
 

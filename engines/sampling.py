@@ -1,8 +1,9 @@
 """The target's next token from its logits: greedy, or drawn at a temperature within top-k and top-p."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 
@@ -25,8 +26,10 @@ def greedy(sampling: Sampling) -> bool:
 def choose(logits: NDArray[np.float32], sampling: Sampling, uniform: float) -> int:
     """Choose the next token.
 
-    The uniform number alone decides the draw (inverse of the cumulative distribution), so a request with one seed gets
-    the same answer in every decoding mode and batch, up to the rounding of the logits.
+    The uniform number alone decides the draw, so a request with one seed gets the same answer in every decoding mode and
+    batch, as far as rounding allows: it gives every token an exponential number of its own, and the token of the largest
+    probability / number is drawn. The last bit of a logit decides only where two tokens tie within it; in a draw from the
+    cumulative distribution it would move all tokens behind.
 
     Args:
         logits: ``[V]``. uniform: in [0, 1); unused when greedy.
@@ -34,8 +37,36 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, uniform: float) -> i
     if greedy(sampling):
         return int(logits.argmax())
     tokens, probabilities = distribution(logits, sampling)
-    cumulative = np.cumsum(probabilities)
-    return int(tokens[np.searchsorted(cumulative, uniform * cumulative[-1], side="right").clip(max=len(tokens) - 1)])
+    return int(tokens[(probabilities / exponentials(np.float64(uniform), tokens)).argmax()])
+
+
+def exponentials(uniform: Any, tokens: Any) -> Any:
+    """A number for each token, exponentially distributed, that follows from the token and a uniform number alone.
+
+    It is the counter-based generator SplitMix64 (Steele, Lea and Flood, 2014), in integers that wrap on every device.
+
+    Args:
+        uniform: f64 in [0, 1), of any shape that broadcasts with ``tokens``, which are int64; NumPy's or PyTorch's.
+    """
+    xp = array_namespace(tokens)
+    with np.errstate(over="ignore"):
+        stream = _mix(xp.astype(xp.asarray(uniform * 2.0**53), xp.int64))
+        bits = _mix(stream + (tokens + 1) * GOLDEN)
+    return -xp.log((xp.astype((bits >> 11) & (2**53 - 1), xp.float64) + 0.5) * 2.0**-53)
+
+
+def _signed(number: int) -> int:
+    return number - 2**64
+
+
+GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Any) -> Any:
+    """Spread the bits of int64 numbers; shifts bring zeros in, as of unsigned ones."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * FIRST
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * SECOND
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def distribution(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

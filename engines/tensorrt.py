@@ -117,10 +117,8 @@ def draw(logits: Tensor, temperature: Tensor, cut: tuple[Tensor, Tensor] | None,
         descending = torch.softmax(descending.masked_fill(beyond, -torch.inf), -1)
         needed = (descending.cumsum(-1) - descending < top_p) | (top_p >= 1.0)
         probabilities = torch.zeros_like(scaled).scatter_(-1, order, descending * needed)
-    cumulative = probabilities.cumsum(-1)
-    last = ((probabilities > 0) * torch.arange(scaled.shape[1], device=scaled.device)).amax(-1)
-    found = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)[:, 0]
-    return torch.minimum(found, last)
+    tokens = torch.arange(scaled.shape[1], device=scaled.device)
+    return (probabilities / sampling.exponentials(uniforms, tokens)).argmax(-1)
 
 
 @dataclass

@@ -5,10 +5,12 @@ what has its key already is left alone, and an interrupted build goes on where i
 """
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 import time
@@ -183,6 +185,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.rename(path)
 
 
+def storage_error(error: BaseException | None) -> str | None:
+    """What is wrong with the disk, if an error comes from that: libraries wrap the system's error, or only quote it."""
+    full = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)}
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror in full:
+            return error.strerror + (f" ({error.filename})" if error.filename else "")
+        if quoted := next((reason for reason in full if reason.lower() in str(error).lower()), None):
+            return quoted
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python export/build.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("pipeline", type=Path, help="the pipeline.yaml")
@@ -196,6 +210,11 @@ def main(arguments: list[str] | None = None) -> int:
         build(pipeline, args.output, args.only, args.force)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if (reason := storage_error(error)) is None:
+            raise
+        print(f"error: {args.output}: {reason}; what was whole before still is", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

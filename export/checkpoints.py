@@ -22,13 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from export.config import UserError
+from export.config_fields import TARGETS, CheckpointError, check_fields, refuse_unknown
 from export.drafter import DFlash, Drafter
-from export.target import ARCHITECTURES
+from export.gguf_shards import join_shards
 
-
-class CheckpointError(UserError):
-    """A checkpoint is missing, broken, or does not fit; the message says which and what to do."""
+__all__ = ["CheckpointError", "DrafterCheckpoint", "build_drafter", "locate", "open_target", "read_drafter"]
 
 
 def cache_directory() -> Path:
@@ -48,7 +46,7 @@ def locate(reference: str, revision: str | None = None) -> Path:
         return _from_wheel(reference)
     path = Path(reference).expanduser()
     if path.exists():
-        return path
+        return join_shards(path, cache_directory() / "joined") if path.suffix == ".gguf" else path
     if path.is_absolute() or reference.startswith((".", "~")) or path.suffix == ".gguf" or reference.count("/") != 1:
         raise CheckpointError(f"checkpoint {reference}: no such file or directory")
     return _from_hub(reference, revision)
@@ -122,11 +120,13 @@ def open_target(path: Path) -> Path:
         path = _converted(path)
     config = read_json(path / "config.json", f"target {path}")
     architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"target {path}: architecture {architecture} is not built; {', '.join(ARCHITECTURES)} are")
+    if architecture not in TARGETS:
+        raise CheckpointError(f"target {path}: architecture {architecture} is not built; {', '.join(TARGETS)} are")
+    check_fields(config, TARGETS[architecture], f"target {path}")
     if not (path / "tokenizer.json").exists():
         raise CheckpointError(f"target {path}: no tokenizer.json; save the tokenizer as a fast one beside the weights")
     _check_weights(path, f"target {path}")
+    _check_tensors(path)
     return path
 
 
@@ -139,12 +139,17 @@ def _converted(gguf: Path) -> Path:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        model, loading = loaded
+        if loading["missing_keys"]:  # transformers makes them up
+            raise CheckpointError(f"tensor {min(loading['missing_keys'])} is missing")
         tokenizer = AutoTokenizer.from_pretrained(**where)
+    except CheckpointError as error:
+        raise CheckpointError(f"target {gguf}: {error}") from None
     except Exception as error:  # transformers and gguf raise whatever a broken file makes of them
         raise CheckpointError(f"target {gguf}: cannot be read as GGUF ({_reason(error)})") from None
     # transformers keeps the weights dequantised but still refuses to save a model that it calls quantised.
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     del model.config.quantization_config
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -189,18 +194,9 @@ def read_drafter(path: Path) -> DrafterCheckpoint:
     """
     name = f"drafter {path}"
     raw = read_json(path / "config.json", name)
-    if "block_size" not in raw or "hidden_size" not in raw:
-        raise CheckpointError(f"{name}: config.json has no block_size or hidden_size: not a DFlash checkpoint")
-    options = dict(raw.get("dflash_config") or {})
-    if "target_layer_ids" not in options:
-        if "num_target_layers" not in raw:
-            raise CheckpointError(f"{name}: config.json has neither dflash_config.target_layer_ids nor num_target_layers")
-        options["target_layer_ids"] = spread_layers(raw["num_target_layers"], raw["num_hidden_layers"])
-    if "sliding_attention" in (raw.get("layer_types") or []):
-        raise CheckpointError(f"{name}: sliding_attention layers are not built; full_attention is")
-    if options.get("attention_mode", "gqa") not in ("gqa", "mha") or "attention_modes" in options:
-        raise CheckpointError(f"{name}: dflash_config.attention_mode(s) other than gqa and mha are not built")
-    raw = {k: v for k, v in raw.items() if k not in ("architectures", "auto_map", "model_type")} | {"dflash_config": options}
+    options = _drafter_options(raw, name)
+    raw = {k: v for k, v in raw.items() if k not in ("architectures", "auto_map", "model_type")}
+    raw |= {"dflash_config": options, "block_size": options.pop("block_size")}
     try:
         config = Qwen3Config(**raw)
     except Exception as error:  # transformers checks a configuration in its own ways
@@ -222,6 +218,47 @@ def read_drafter(path: Path) -> DrafterCheckpoint:
         if shape is not None and tuple(value.shape) != shape:
             raise CheckpointError(f"{name}: tensor {key} has shape {tuple(value.shape)}, its config says {shape}")
     return DrafterCheckpoint(path, config, weights)
+
+
+# Fields of ``dflash_config`` that are followed. Newer checkpoints keep two there that older ones have outside.
+MOVED = ("block_size", "rope_parameters", "num_target_layers")
+DFLASH = {"target_layer_ids", "mask_token_id", "confidence_temperature", "attention_mode", "draft_arch", *MOVED}
+
+
+def _drafter_options(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A drafter's ``dflash_config``, complete and checked; ``raw`` gets back what newer checkpoints keep in it."""
+    options = raw.get("dflash_config") or {}
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{name}: config.json dflash_config: found {options!r}, allowed: an object")
+    raw |= {field: options[field] for field in MOVED if raw.get(field) is None and options.get(field) is not None}
+    for field in ("block_size", "hidden_size", "num_hidden_layers"):
+        if raw.get(field) is None:
+            raise CheckpointError(f"{name}: config.json has no {field}: not a DFlash checkpoint")
+    if raw.get("layer_types") is None and isinstance(rope := raw.get("rope_parameters"), dict) and "full_attention" in rope:
+        raw["rope_parameters"] = rope["full_attention"]  # one for each kind of layer, and all are of this one
+    for field in ("block_size", "hidden_size", "num_hidden_layers", "num_target_layers"):
+        value = raw.get(field, 1 if field == "num_target_layers" else None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if field == "num_target_layers" and value is None:
+                continue
+            raise CheckpointError(f"{name}: config.json {field}: found {value!r}, allowed: a positive integer")
+    if options.get("attention_mode") not in (None, "gqa", "mha"):
+        raise CheckpointError(
+            f"{name}: config.json dflash_config.attention_mode: found {options['attention_mode']!r}, allowed: gqa, mha"
+        )
+    refuse_unknown(options, DFLASH, {}, f"{name}: config.json dflash_config")
+    check_fields(raw, Qwen3Config, name, also={"dflash_config", "block_size", "num_target_layers", "draft_vocab_size"})
+    ids = options.get("target_layer_ids")
+    if ids is None:
+        if raw.get("num_target_layers") is None:
+            raise CheckpointError(f"{name}: config.json has neither dflash_config.target_layer_ids nor num_target_layers")
+        ids = spread_layers(raw["num_target_layers"], raw["num_hidden_layers"])
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{name}: config.json dflash_config.target_layer_ids: found {ids!r}, allowed: a list of layers")
+    mask = options.get("mask_token_id")
+    if mask is not None and (not isinstance(mask, int) or isinstance(mask, bool)):
+        raise CheckpointError(f"{name}: config.json dflash_config.mask_token_id: found {mask!r}, allowed: a token id or null")
+    return {"block_size": raw["block_size"], **options, "target_layer_ids": ids}
 
 
 def spread_layers(target_layers: int, drafter_layers: int) -> list[int]:
@@ -309,6 +346,25 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{name}: {path.name} holds no object")
     return content
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuse a target without one of its tensors, or with one of another shape: transformers would make it up."""
+    config = target_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    for key in sorted(expected):
+        if key not in found:
+            raise CheckpointError(f"target {path}: tensor {key} is missing")
+        if found[key] != expected[key]:
+            raise CheckpointError(f"target {path}: tensor {key} has shape {found[key]}, its config says {expected[key]}")
 
 
 def _check_weights(path: Path, name: str) -> None:

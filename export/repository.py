@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-MODELS = ("ensemble", "preprocessing", "d2sd")
+MODELS = ("ensemble", "preprocessing", "d2sd", "tensorrt_llm_bls")
 TEMPLATES = Path(__file__).resolve().parent.parent / "triton_repo"
 
 

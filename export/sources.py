@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
-from export import checkpoints
+from export import checkpoints, ends
 from export.blocks import keep_blocks
 from export.checkpoints import CheckpointError, DrafterCheckpoint
 from export.config import Pipeline, Weights
@@ -58,11 +58,8 @@ class Sources:
 
     @property
     def end_ids(self) -> list[int]:
-        """Tokens that end an answer, by the target's generation config, else its config."""
-        path = self.folder / "generation_config.json"
-        raw = checkpoints.read_json(path, f"target {self.folder}") if path.exists() else {}
-        ids = raw.get("eos_token_id", self.config.eos_token_id)
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        """Tokens that end an answer."""
+        return ends.end_ids(self.folder, self.config.vocab_size)
 
     def export(self, graph: str, path: Path, dtype: str) -> GraphInfo:
         """Write a graph's ONNX file, its floats of a PyTorch dtype, and say what its engine needs to know of it."""

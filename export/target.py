@@ -23,8 +23,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from plugins.cascade_attention.op import cascade_attention
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM")
-
 
 @dataclass
 class Cascade:
@@ -61,7 +59,7 @@ class Target(nn.Module):
     """A causal language model with the bindings above.
 
     Args:
-        model: a transformers model of one of ``ARCHITECTURES``. Its attention implementation is set for good.
+        model: a transformers Llama or Qwen3. Its attention implementation is set for good.
         feature_layers: layers whose outputs are the drafters' features: id i is ``hidden_states[i + 1]`` (docs/method.md §1).
     """
 

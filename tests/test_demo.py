@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from client import Client, Options
 from decoding.cycle import Decoder
@@ -42,7 +42,7 @@ def built(pipeline):
 
 @pytest.fixture(scope="module")
 def tokenizer(built):
-    return AutoTokenizer.from_pretrained(built.tokenizer, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(built.tokenizer, local_files_only=True)
 
 
 @pytest.fixture(scope="module")

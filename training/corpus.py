@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from decoding.cycle import Decoder
 from decoding.sampling import Sampling
@@ -85,7 +85,9 @@ class Answerer:
         self.end_ids = frozenset(directory.manifest["end_ids"])
         decoder = Decoder(target, None, None, mode="autoregressive", block_size=2, branches=1, vocabulary=directory.vocabulary)
         self.scheduler = Scheduler(decoder, slots)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory.tokenizer, local_files_only=True)
+        # Not AutoTokenizer: a class that is declared may replace parts of tokenizer.json, whose ids are the target's.
+        load = PreTrainedTokenizerFast.from_pretrained
+        self.tokenizer: PreTrainedTokenizerBase = load(directory.tokenizer, local_files_only=True)
 
     def answer(self, asked: Iterable[Answer], tokens: int) -> Iterator[Answer]:
         """Answer prompts: each comes as an ``Answer`` without response, and leaves in the order in which it is done.

@@ -1,6 +1,7 @@
 """Builds of a tiny pipeline: what is rebuilt, what is left alone, and what an interruption leaves behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_a_build_is_complete(finished):
     assert manifest["decoding"]["block_size"] == 6
     assert manifest["end_ids"] == [1]
     models = {path.name for path in (finished / "build" / "model_repository").iterdir()}
-    assert models == {"ensemble", "preprocessing", "d2sd"}
+    assert models == {"ensemble", "preprocessing", "d2sd", "tensorrt_llm_bls"}
     assert not [path for path in (finished / "build").rglob("*") if path.name.endswith((".partial", ".old"))]
 
 
@@ -137,6 +138,42 @@ def test_a_killed_build_leaves_no_half_engine_and_goes_on(pipeline):
     build(load(pipeline / "pipeline.yaml"), pipeline / "build")
     BuildDirectory.open(pipeline / "build")
     assert not partial.exists()
+
+
+def test_a_full_disk_ends_a_build_in_one_line(pipeline):
+    """A limit of the file size stands for it: the writes of all libraries fail as they do on a full disk."""
+    before = stamps(pipeline)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "from export.build import main; sys.exit(main(['pipeline.yaml', '--force', '--only', 'target']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pipeline, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: build: File too large; what was whole before still is"
+    assert "Traceback" not in done.stderr
+    assert rebuilt(pipeline, before) == []
+    assert not list((pipeline / "build" / "engines").glob(".*"))
+    build(load(pipeline / "pipeline.yaml"), pipeline / "build")
+    assert rebuilt(pipeline, before) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device", "x.onnx"), "No space left on device (x.onnx)"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (RuntimeError("another"), None),
+    ],
+)
+def test_what_is_wrong_with_the_disk(error, reason):
+    assert builder.storage_error(error) == reason
+    wrapped = ValueError("of a library")
+    wrapped.__cause__ = error
+    assert builder.storage_error(wrapped) == reason
 
 
 def test_two_builds_of_one_directory(pipeline):

@@ -1,6 +1,8 @@
 import json
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,143 @@ def test_a_shard_that_the_index_names_but_is_not_there(target):
         checkpoints.open_target(target)
 
 
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_target_without_a_tensor(target, key):
+    edit_weights(target, lambda weights: weights.pop(key))
+    with pytest.raises(CheckpointError, match=f"tensor {key} is missing"):
+        checkpoints.open_target(target)
+
+
+def test_a_target_with_a_tensor_of_another_shape(target):
+    edit(target, intermediate_size=44)
+    with pytest.raises(CheckpointError, match=r"has shape \(36, 48\), its config says \(36, 44\)"):
+        checkpoints.open_target(target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "found rope_type dynamic, allowed"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: found rope_type longrope, allowed"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 3}},
+            "rope_scaling twist: found 3, which is",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling: found 'linear', allowed: an object"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "one for each of full_attention, allowed",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, which is not built"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: found .*gptq"),
+        (
+            {"final_logit_softcapping": 30.0},
+            "found 30.0, which is not built; it could change the answers",
+        ),
+    ],
+)
+def test_a_target_that_asks_for_what_is_not_built(target, changes, message):
+    edit(target, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.open_target(target)
+
+
+def test_windows_are_refused_where_transformers_would_do_them(tmp_path):
+    folder = tiny.save_target(tmp_path / "target", "qwen3")
+    edit(folder, use_sliding_window=True, sliding_window=16, max_window_layers=3, layer_types=None)
+    checkpoints.open_target(folder)  # three layers, none of them from the third on
+    edit(folder, max_window_layers=1)
+    with pytest.raises(CheckpointError, match=r"use_sliding_window: found true .* sliding windows are not built"):
+        checkpoints.open_target(folder)
+    edit(folder, use_sliding_window=False, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    with pytest.raises(CheckpointError, match=r"layer_types: found .*, allowed: full_attention alone"):
+        checkpoints.open_target(folder)
+
+
+def test_what_changes_no_answer_is_let_through(target):
+    edit(target, torch_dtype="bfloat16", pretraining_tp=2, _name_or_path="a/b", some_new_switch=False)
+    checkpoints.open_target(target)
+
+
+SHAPES = {"token_embd": (300, 36), "output_norm": (36,), "output": (300, 36)}
+LAYER = {
+    "attn_norm": (36,),
+    "ffn_norm": (36,),
+    "attn_q": (48, 36),
+    "attn_k": (16, 36),
+    "attn_v": (16, 36),
+    "attn_output": (36, 48),
+    "ffn_gate": (48, 36),
+    "ffn_up": (48, 36),
+    "ffn_down": (36, 48),
+}
+
+
+def gguf_shards(folder, shards, without=()):
+    """A tiny Llama in GGUF shards, as llama-gguf-split writes them."""
+    shapes = SHAPES | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in LAYER.items()}
+    names = [name for name in shapes if name not in without]
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shapes[name]).astype(np.float32) for name in names}
+    for number in range(shards):
+        suffix = f"-{number + 1:05}-of-{shards:05}" if shards > 1 else ""
+        writer = gguf.GGUFWriter(folder / f"x{suffix}.gguf", "llama")
+        if number == 0:
+            writer.add_block_count(2)
+            writer.add_context_length(512)
+            writer.add_embedding_length(36)
+            writer.add_feed_forward_length(48)
+            writer.add_head_count(6)
+            writer.add_head_count_kv(2)
+            writer.add_rope_dimension_count(8)
+            writer.add_key_length(8)
+            writer.add_value_length(8)
+            writer.add_layer_norm_rms_eps(1e-6)
+            writer.add_vocab_size(300)
+            vocabulary = tiny.tokenizer().get_vocab()
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+            writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+            writer.add_token_merges(
+                [" ".join(pair) for pair in json.loads(tiny.tokenizer().backend_tokenizer.to_str())["model"]["merges"]]
+            )
+            writer.add_bos_token_id(0)
+            writer.add_eos_token_id(1)
+        if shards > 1:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", shards)
+            writer.add_int32("split.tensors.count", len(names))
+        for name in names[number::shards]:
+            writer.add_tensor(f"{name}.weight", tensors[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return folder / f"x{suffix}.gguf", tensors
+
+
+def test_gguf_shards_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    shard, tensors = gguf_shards(tmp_path, 3)
+    joined = checkpoints.locate(str(shard))
+    read = {tensor.name: tensor.data for tensor in gguf.GGUFReader(joined).tensors}
+    assert read.keys() == {f"{name}.weight" for name in tensors}
+    assert all(np.array_equal(read[f"{name}.weight"], tensor) for name, tensor in tensors.items())
+    embedding, _ = checkpoints.target_embeddings(checkpoints.open_target(joined))
+    np.testing.assert_array_equal(embedding.numpy(), tensors["token_embd"])
+    assert checkpoints.locate(str(shard)) == joined
+    (tmp_path / "x-00002-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"shard x-00002-of-00003.gguf is missing"):
+        checkpoints.locate(str(shard))
+
+
+def test_a_gguf_file_without_a_tensor(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    file, _ = gguf_shards(tmp_path, 1, without=["blk.1.ffn_up"])
+    with pytest.raises(CheckpointError, match=r"x.gguf: tensor model.layers.1.mlp.up_proj.weight is missing"):
+        checkpoints.open_target(checkpoints.locate(str(file)))
+
+
 @pytest.mark.parametrize("reference", ["/nowhere/model", "./nowhere", "nowhere/x.gguf", "nowhere", "a/b/c"])
 def test_a_path_that_is_not_there(reference):
     with pytest.raises(CheckpointError, match=f"checkpoint {reference}: no such file or directory"):
@@ -136,9 +275,35 @@ def test_layer_ids_that_are_not_named_are_spread_as_dflash_does(drafter):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": None}, "not a DFlash checkpoint"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention layers are not built"),
-        ({"dflash_config": {"target_layer_ids": [0], "attention_mode": "mla"}}, "attention_mode"),
+        ({"block_size": None}, "has no block_size: not a DFlash checkpoint"),
+        ({"block_size": "8"}, "block_size: found '8', allowed: a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: found True, allowed: a positive integer"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types: found \['full_attention', 'sliding",
+        ),
+        ({"dflash_config": "x"}, "dflash_config: found 'x', allowed: an object"),
+        (
+            {"dflash_config": {"target_layer_ids": [0], "attention_mode": "mla"}},
+            "attention_mode: found 'mla', allowed: gqa",
+        ),
+        (
+            {"dflash_config": {"target_layer_ids": [0], "use_swa": True}},
+            "dflash_config use_swa: found True, which",
+        ),
+        ({"dflash_config": {"target_layer_ids": [0], "fc_layernorm": True}}, "dflash_config fc_layernorm: found True"),
+        ({"dflash_config": {"target_layer_ids": [0, None]}}, r"target_layer_ids: found \[0, None\], allowed: a list of layers"),
+        ({"dflash_config": {"target_layer_ids": 3}}, "target_layer_ids: found 3, allowed: a list of layers"),
+        (
+            {"dflash_config": {"target_layer_ids": [0], "mask_token_id": "<m>"}},
+            "mask_token_id: found '<m>', allowed: a",
+        ),
+        ({"logit_softcap": 30.0}, "config.json logit_softcap: found 30.0, which is not built"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "config.json quantization_config: found .*fp8"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "found rope_type dynamic, allowed: default",
+        ),
         (
             {"intermediate_size": 44},
             r"tensor layers.0.mlp.down_proj.weight has shape \(36, 40\), its config says \(36, 44\)",
@@ -151,6 +316,22 @@ def test_layer_ids_that_are_not_named_are_spread_as_dflash_does(drafter):
 def test_a_drafter_whose_config_does_not_fit(drafter, changes, message):
     edit(drafter, **changes)
     with pytest.raises(CheckpointError, match=message):
+        checkpoints.read_drafter(drafter)
+
+
+def test_a_drafter_that_keeps_more_in_its_dflash_config(drafter):
+    """As newer checkpoints do; null is as good as absent."""
+    before = checkpoints.read_drafter(drafter)
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    moved = {"block_size": 6, "rope_parameters": rope, "num_target_layers": 3, "target_layer_ids": None, "use_swa": False}
+    edit(drafter, block_size=None, rope_parameters=None, num_target_layers=None, layer_types=None, dflash_config=moved)
+    after = checkpoints.read_drafter(drafter)
+    assert (after.block_size, after.target_layer_ids) == (before.block_size, checkpoints.spread_layers(3, 2))
+    assert after.config.rope_parameters["rope_theta"] == 5000.0
+    edit(drafter, rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "dynamic"}})
+    assert checkpoints.read_drafter(drafter).config.rope_parameters["rope_theta"] == 5000.0
+    edit(drafter, layer_types=["full_attention"] * 2)
+    with pytest.raises(CheckpointError, match="rope_parameters: found one for each of full_attention, sliding_attention"):
         checkpoints.read_drafter(drafter)
 
 

@@ -56,14 +56,16 @@ def test_usual_text_has_the_ids_that_transformers_gives(prompts, text):
 
 def test_ids_are_those_of_tokenizer_json_whatever_class_is_declared(tmp_path):
     """transformers 5 replaces the pre-tokenizer of a declared class by that class's own."""
-    base = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", *"ab cĠ▁1234"])}, []))
+    vocabulary = {text: number for number, text in enumerate(["<s>", *"ab cĠ1234", "12"])}
+    base = Tokenizer(models.BPE(vocabulary, [("1", "2")]))
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = decoders.ByteLevel()
     base.add_special_tokens(["<s>"])
     base.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=base, bos_token="<s>", eos_token="<s>")
-    prompts = saved(tmp_path, tokenizer=fast, tokenizer_class="LlamaTokenizer", add_bos_token=False)
+    prompts = saved(tmp_path, tokenizer=fast, tokenizer_class="Qwen2Tokenizer", add_bos_token=False)
     assert prompts.text("a bc 12") == base.encode("a bc 12").ids
+    assert prompts.text("a bc 12")[-1] == vocabulary["12"]  # Qwen2's own would split digits
     assert base.decode(prompts.text("a bc 12")) == "a bc 12"
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import time
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,8 @@ class TritonPythonModel:
         self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])
         self._warm_up()
         log = pb_utils.Logger
-        self.loop = ServingLoop(self.scheduler, Metrics().count, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
+        self.metrics = Metrics()
+        self.loop = ServingLoop(self.scheduler, self._watch, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
         self.loop.start()
 
     def _warm_up(self) -> None:
@@ -111,8 +113,13 @@ class TritonPythonModel:
         stream = bool(tensors.scalar(request, "stream", False))
         return Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
 
+    def _watch(self, advanced: Advanced) -> None:
+        self.metrics.count(advanced, len(self.loop.requests))
+
     def finalize(self) -> None:
         self.loop.close()
+        # The backend's own objects may not outlive it: freed any later, they end this process with a segmentation fault.
+        del self.metrics
 
 
 def _give_up() -> None:
@@ -133,11 +140,13 @@ def _timeout(request: Any) -> float:
 
 
 def _sampling(request: Any) -> Sampling:
-    """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral."""
+    """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral, and a seed is
+    made up."""
     given = {name: tensors.scalar(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if given.keys() & {"top_k", "top_p"}:
         given.setdefault("temperature", 1.0)
+    given.setdefault("seed", secrets.randbits(63))
     return Sampling(**given)
 
 
@@ -145,16 +154,17 @@ class Metrics:
     """Triton metrics: acceptance length is committed tokens over cycles."""
 
     def __init__(self) -> None:
-        self.tokens = self._counter("d2sd_committed_tokens", "Tokens committed to answers")
-        self.cycles = self._counter("d2sd_cycles", "Target passes spent on answers, one a sequence and cycle")
+        self.families: list[Any] = []
+        counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
+        self.tokens = self._metric("d2sd_committed_tokens", "Tokens committed to answers", counter)
+        self.cycles = self._metric("d2sd_cycles", "Target passes spent on answers, one a sequence and cycle", counter)
+        self.requests = self._metric("d2sd_requests", "Requests that wait or run", gauge)
 
-    def _counter(self, name: str, description: str) -> Any:
-        self.families = [
-            *getattr(self, "families", []),
-            pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER),
-        ]
+    def _metric(self, name: str, description: str, kind: Any) -> Any:
+        self.families.append(pb_utils.MetricFamily(name, description, kind))
         return self.families[-1].Metric(labels={"model": "d2sd"})
 
-    def count(self, advanced: Advanced) -> None:
+    def count(self, advanced: Advanced, requests: int) -> None:
+        self.requests.set(requests)
         self.tokens.increment(sum(len(tokens) for _, tokens in advanced))
         self.cycles.increment(len(advanced))

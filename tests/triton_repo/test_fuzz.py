@@ -1,0 +1,196 @@
+"""Requests that nobody should send: each is answered, or refused in a line, and the next one is right."""
+
+import random
+import subprocess
+import time
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from client import Client, Options
+from client.request import to_tensors
+from triton_repo.serve import Ports, Server
+
+SEED, REQUESTS = 14, 150
+DTYPES = {
+    **dict.fromkeys(("text_input", "messages", "chat_template_kwargs", "mode", "stop_words", "bad_words"), np.object_),
+    **dict.fromkeys(("max_tokens", "end_id", "top_k", "pad_id", "beam_width", "num_return_sequences", "min_tokens"), np.int32),
+    **dict.fromkeys(("top_p", "temperature", "length_penalty", "repetition_penalty"), np.float32),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), np.float32),
+    **dict.fromkeys(("stream", "parse_special", "return_log_probs"), np.bool_),
+    "seed": np.uint64,
+}
+USUAL = {
+    "text_input": [b"the quick"],
+    "messages": [b'[{"role": "user", "content": "x"}]'],
+    "chat_template_kwargs": [b"{}"],
+    "mode": [b"d2sd"],
+    "stop_words": [b"fox", b""],
+    "bad_words": [b""],
+    "max_tokens": [3],
+    "end_id": [-1],
+    "top_k": [5],
+    "top_p": [0.9],
+    "temperature": [0.7],
+    "seed": [3],
+    "stream": [True],
+    "parse_special": [True],
+    "return_log_probs": [False],
+    "beam_width": [1],
+    "num_return_sequences": [1],
+    "pad_id": [0],
+    "min_tokens": [0],
+    "length_penalty": [1.0],
+    "repetition_penalty": [1.0],
+    "presence_penalty": [0.0],
+    "frequency_penalty": [0.0],
+}
+ODD = {
+    np.object_: [
+        *([b""], [b"\xff\xfe\x00"], [b"\x00" * 9], [b"x" * 1_000_000], [b"<s>" * 200], ["\ufffd日🎉\u200d".encode()]),
+        *([b"["], [b"[" * 100_000], [b"null"], [b'[{"role": "user", "content": null}]'], [b'{"a": NaN}'], [b"1e999"]),
+        *([b"a", b"b"], [b"y"] * 2000, []),
+    ],
+    np.int32: [[0], [-1], [-(2**31)], [2**31 - 1], [299], [300], [1, 2], []],
+    np.float32: [[np.nan], [np.inf], [-np.inf], [0.0], [-0.0], [1e-45], [3.4e38], [-1.0], [1.0000001], [0.5, 0.5], []],
+    np.bool_: [[True], [False], [True, False], []],
+    np.uint64: [[0], [2**64 - 1], [2**63], [1, 2], []],
+}
+OTHER = (np.int64, np.float64, np.int8, np.object_)  # types that no input has, or only some
+
+
+def request(rng):
+    """Any inputs, most as they are usual, some odd in value, shape or type."""
+    given = {}
+    for name, usual in USUAL.items():
+        if rng.random() < (0.8 if name == "text_input" else 0.25):
+            odd = rng.random() < 0.4
+            dtype = DTYPES[name]
+            values = rng.choice(ODD[dtype]) if odd else usual
+            array = np.array(values, dtype=dtype)
+            if odd and rng.random() < 0.15:
+                dtype = rng.choice(OTHER)
+                array = np.array([b"7"] if dtype == np.object_ else [7], dtype=dtype)
+            shape = rng.choice([(1, -1), (1, -1), (1, -1), (-1,), (1, 1, -1)]) if odd else (1, -1)
+            given[name] = array.reshape(shape)
+    return given
+
+
+def ask(port, model, given):
+    """What a request gets over a stream: the responses, and the error that ends them."""
+    responses = []
+    with grpc.InferenceServerClient(f"127.0.0.1:{port}") as service:
+        inputs = []
+        for name, array in given.items():
+            tensor = grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+        service.start_stream(lambda result, error: responses.append((result, error)))
+        service.async_stream_infer(model, inputs, enable_empty_final_response=True)
+        deadline = time.monotonic() + 60
+        while not (responses and ended(*responses[-1])):
+            assert time.monotonic() < deadline, {name: (array.dtype, array.shape) for name, array in given.items()}
+            time.sleep(0.002)
+        service.stop_stream()
+    return responses
+
+
+def ended(result, error):
+    return error is not None or result.get_response().parameters["triton_final_response"].bool_param
+
+
+@pytest.fixture(scope="module")
+def server(built):
+    with Server(built / "build", "127.0.0.1", Ports(0, 0, 0), log=built / "fuzz.log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+def memory(server):
+    """MB that the service's processes hold."""
+    numbers = [str(process) for process in (server.process.pid, *server.stubs)]
+    done = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(numbers)], capture_output=True, text=True, check=True)
+    return sum(map(int, done.stdout.split())) / 1024
+
+
+def test_every_request_is_answered_or_refused(server):
+    rng = random.Random(SEED)
+    expected = Client(f"127.0.0.1:{server.ports.grpc}").generate("the quick", Options(max_tokens=3)).text
+    answered, half = 0, 0.0
+    for number in range(REQUESTS):
+        given = request(rng)
+        responses = ask(server.ports.grpc, "ensemble", given)
+        error = responses[-1][1]
+        if error is None:
+            answered += 1
+            assert responses[-2 if not responses[-1][0].get_response().outputs else -1][0].as_numpy("finish_reason").item()
+        else:
+            assert "\n" not in str(error), given
+            assert "Traceback" not in str(error)
+            assert "failed" not in str(error), given
+        if number == REQUESTS // 2:
+            half = memory(server)
+        if number % 10 == 9:
+            right = ask(server.ports.grpc, "ensemble", {name: np.array([USUAL[name]], DTYPES[name]) for name in PLAIN})
+            assert right[0][0].as_numpy("text_output").item().decode() == expected
+    assert REQUESTS * 0.05 < answered < REQUESTS * 0.9
+    assert memory(server) < half * 1.05 + 5
+    assert server.fault() is None
+    metrics = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
+    assert 'd2sd_requests{model="d2sd"} 0' in metrics
+
+
+PLAIN = ("text_input", "max_tokens")
+
+
+def test_unary_requests_have_the_same_answers(server):
+    """NVIDIA's clients ask ``tensorrt_llm_bls`` by a unary call, over gRPC and HTTP."""
+    plain = {"text_input": "the quick", "max_tokens": 9}
+    expected = Client(f"127.0.0.1:{server.ports.grpc}").generate("the quick", Options(max_tokens=9)).text
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        answer = service.infer("tensorrt_llm_bls", to_tensors(plain, grpc))
+        assert answer.as_numpy("text_output").item().decode() == expected
+        for bad, message in (({"max_tokens": 0}, "max_tokens: found 0"), ({"stream": True}, "stream: found true, allowed")):
+            with pytest.raises(InferenceServerException, match=message) as caught:
+                service.infer("tensorrt_llm_bls", to_tensors(plain | bad, grpc))
+            assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+        with pytest.raises(InferenceServerException, match="doesn't support models with decoupled transaction policy"):
+            service.infer("ensemble", to_tensors(plain, grpc))
+    base = f"http://127.0.0.1:{server.ports.http}/v2/models/tensorrt_llm_bls"
+    assert httpx.post(f"{base}/generate", json=plain).json()["text_output"] == expected
+    tensors = [
+        {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["the quick"]},
+        {"name": "max_tokens", "shape": [1, 1], "datatype": "INT32", "data": [9]},
+    ]
+    found = {
+        output["name"]: output["data"] for output in httpx.post(f"{base}/infer", json={"inputs": tensors}).json()["outputs"]
+    }
+    assert found["text_output"] == [expected]
+
+
+def test_a_unary_request_ends_when_its_client_leaves(server):
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        long = to_tensors({"text_input": "x", "max_tokens": 500, "end_id": 299}, grpc)
+        call = service.async_infer("tensorrt_llm_bls", long, lambda result, error: None)
+        wait_for(server, 1)
+        call.cancel()
+        wait_for(server, 0)
+
+
+def wait_for(server, requests, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
+    while f'd2sd_requests{{model="d2sd"}} {requests}\n' not in httpx.get(url).text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_twin_has_the_tensors_of_the_ensemble(built):
+    def tensors(model):
+        text = (built / "build" / "model_repository" / model / "config.pbtxt").read_text()
+        return text[text.index("input [") :].partition("output [")[0], text.partition("output [")[2].partition("]\n")[0]
+
+    assert tensors("ensemble")[0] == tensors("tensorrt_llm_bls")[0]
