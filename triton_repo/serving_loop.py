@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from triton_repo.outbox import Outbox, Request
 
 Advanced = list[tuple[Sequence, list[int]]]
 GIVE_UP = 3  # failing cycles in a row: no engine works that way again by itself
+OVERTAKING = 2.0  # seconds that a stop may come before what it is to end, which the server tokenises first
 
 
 class Stopped(RuntimeError):
@@ -52,6 +54,7 @@ class ServingLoop:
         self.requests: dict[Sequence, Request] = {}
         self._inbox: queue.SimpleQueue[Request | Stop | Done | None] = queue.SimpleQueue()
         self._outbox = Outbox(lambda request: self._inbox.put(Done(request)), log)
+        self._early: dict[str, float] = {}  # ids that were to be stopped and are not here yet, and until when
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="d2sd")
 
@@ -101,6 +104,10 @@ class ServingLoop:
                 self._drop(arrived.request)
             else:
                 self.requests[arrived.sequence] = arrived
+                if self._early.pop(arrived.id, 0.0) > time.monotonic():
+                    arrived.sequence.finish = "cancelled"
+                    self._hand_out([])
+                    continue
                 try:
                     self.scheduler.add(arrived.sequence)
                     wait = False
@@ -112,6 +119,10 @@ class ServingLoop:
         named = [request for request in self.requests.values() if request.id == stop.id]
         for request in named:
             self._drop(request)
+        now = time.monotonic()
+        self._early = {id: until for id, until in self._early.items() if until > now}
+        if not named:
+            self._early[stop.id] = now + OVERTAKING
         try:
             stop.told(len(named))
         except Exception as error:

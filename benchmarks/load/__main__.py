@@ -60,10 +60,10 @@ def main() -> int:
                         figures[name] = await CASES[name](bench)
                     shown = {key: value for key, value in figures[name].items() if key != "memory_mib"}
                     print(f"{name}: {json.dumps(shown)}", flush=True)
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
         asyncio.run(run())
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     write_report(figures, args.report)
     wrong = {v: n for v, n in figures.get("storm", {}).get("verdicts", {}).items() if v.startswith("WRONG")}
     for verdict, count in wrong.items():

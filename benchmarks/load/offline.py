@@ -30,7 +30,7 @@ class Offline:
             mode="autoregressive",
             block_size=manifest["decoding"]["block_size"],
             branches=manifest["decoding"]["branches"],
-            vocabulary=target.engine.info.vocabulary,
+            vocabulary=directory.vocabulary,
         )
         scheduler = Scheduler(decoder, 1)
         self.vocabulary = text.Vocabulary(Tokenizer.from_file(str(directory.tokenizer / "tokenizer.json")))

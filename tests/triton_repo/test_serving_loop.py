@@ -139,6 +139,25 @@ def test_a_request_is_stopped_by_its_id(serve):
     assert len(loop.said) == 1
 
 
+def test_a_stop_may_overtake_what_it_ends(serve, monkeypatch):
+    loop = serve()
+    told = queue.Queue()
+    loop.put(Stop("late", told.put))
+    assert told.get(timeout=10) == 0
+    late, again = Request("late", count=10_000), Request("late", count=5)
+    loop.put(late)
+    assert (late.end(), late.sent) == ("cancelled", [])
+    loop.put(again)
+    assert again.end() == "length"
+    monkeypatch.setattr("triton_repo.serving_loop.OVERTAKING", 0.0)
+    loop.put(Stop("long ago", told.put))
+    assert told.get(timeout=10) == 0
+    other = Request("long ago")
+    loop.put(other)
+    assert other.end() == "length"
+    idle(loop)
+
+
 def test_a_deadline_ends_an_answer_with_what_it_has(serve):
     loop = serve(places=1)
     answered, waits = (Request(count=10_000, deadline=time.monotonic() + 0.1) for _ in range(2))
