@@ -110,6 +110,39 @@ def test_no_leak_of_the_future(target, tmp_path):
         assert not torch.equal(said(changed_tokens, changed_features), reference)
 
 
+@pytest.mark.parametrize("loss", ["distribution", "mixed"])
+def test_the_loss_looks_at_what_the_target_says_there(target, tmp_path, loss):
+    made = trainer(target, tmp_path, loss=loss)
+    batch = made.next_batch()
+    anchors = torch.tensor([[4, 6]]).expand(len(batch.lengths), -1)
+    blocks, banned = made.lay(batch, anchors, 0.0)
+    labels = made.student.to_draft[blocks.labels]
+    rows = (blocks.weights > 0) & (labels >= 0)
+    wanted = made.wanted(batch, blocks, rows, labels[rows], banned[rows])
+    with torch.no_grad():
+        said = target(batch.tokens).logits[..., made.student.draft_ids].softmax(-1)
+    s, place = rows.nonzero()[3].tolist()
+    expected = said[s, blocks.positions[s, place] - 1]
+    if loss == "mixed":
+        expected = expected / 2
+        expected[labels[s, place]] += 0.5
+    torch.testing.assert_close(wanted[3], expected, atol=0.02, rtol=0)  # hidden states are kept in bf16
+
+
+def test_an_answer_may_lie_in_several_rows_of_a_batch(target, tmp_path):
+    """The loss is the same however many blocks share a row."""
+    made = trainer(target, tmp_path, loss="distribution")
+    batch = made.next_batch()
+    anchors = torch.tensor([[4, 6, 8, 9, 2], [5, 3, -1, -1, -1]])
+    batch = batch.fold(torch.zeros(len(batch.lengths), 1, dtype=torch.int64), 1)[0]
+    batch.tokens, batch.lengths, batch.features = batch.tokens[:2], batch.lengths[:2], batch.features[:2]
+    batch.prompt_lengths, batch.last = batch.prompt_lengths[:2], batch.last[:2]
+    folded, their = batch.fold(anchors, 2)
+    assert their.tolist() == [[4, 6], [8, 9], [2, -1], [5, 3]]
+    assert torch.equal(folded.tokens, batch.tokens[[0, 0, 0, 1]])
+    torch.testing.assert_close(made.loss(folded, their), made.loss(batch, anchors))
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
