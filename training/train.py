@@ -225,20 +225,25 @@ class Trainer:
                     won += int(self.redraft_gain(batch, anchors, accepted, refused).sum())
         return {"acceptance_length": round(won / max(count, 1), 4)}
 
-    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
-        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
+    def redraft(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> tuple[Blocks, Tensor]:
+        """Blocks kept up to the first drafter's rejections, and the draft index banned at each place ``[S, N]``, or -1."""
         gamma = int(self.student.config.block_size)
-        missed = (refused >= 0) & (anchors >= 0)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, accepted, gamma, self.student.mask_id, 1.0)
         banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        place = (accepted + 1).clamp(max=gamma - 1)[..., None]
-        banned = banned.scatter(2, place, torch.where(missed, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
+        index = torch.where((refused >= 0) & (anchors >= 0), self.student.to_draft[refused.clamp(min=0)], -1)
+        return blocks, banned.scatter(2, (accepted + 1).clamp(max=gamma - 1)[..., None], index[..., None]).flatten(1)
+
+    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
+        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
+        missed = (refused >= 0) & (anchors >= 0)
+        blocks, banned = self.redraft(batch, anchors, accepted, refused)
         rows = blocks.weights > 0
-        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned.flatten(1)[rows]).argmax(-1)
+        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned[rows]).argmax(-1)
+        gamma = int(self.student.config.block_size)
         right = torch.zeros_like(rows)
         right[rows] = self.student.draft_ids[said] == blocks.labels[rows]
         k = torch.arange(gamma, device=self.device)
-        right = right.view(banned.shape) | (k <= accepted[..., None])
+        right = right.view(*anchors.shape, gamma) | (k <= accepted[..., None])
         return (leading(right) - 1 - accepted).clamp(min=0) * missed
 
     def precision(self) -> AbstractContextManager[object]:
