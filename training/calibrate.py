@@ -126,9 +126,10 @@ def calibrate(args: argparse.Namespace) -> str:
         seen = [observe(trainer, start, chosen[start : start + 8]) for start in range(0, len(chosen), 8)]
         halves.append([torch.cat(parts) for parts in zip(*seen, strict=True)])
     places = int(student.config.block_size) - 1
-    best = fit(*halves[0], places)
+    (depth, confidence, right), other = halves
+    best = fit(depth, confidence, right, places)
 
-    depth, confidence, right = halves[1]
+    depth, confidence, right = other
     lines = ["| place | seen | temperature | ECE before | ECE after |", "|---|---|---|---|---|"]
     before, after = confidence[:, len(GRID) // 2], confidence.gather(1, best[depth - 1][:, None]).squeeze(1)
     for place in [*range(1, places + 1), 0]:
