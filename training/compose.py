@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         pipeline = load(args.pipeline)
-        prompts = read_prompts(map(Path, pipeline.training.prompts))
+        files = [Path(file) for file in pipeline.training.prompts]
+        prompts = read_prompts(file for file in files if file != args.output)  # once made it is named there too
         evaluation = read_prompts(map(Path, pipeline.training.evaluation_prompts))
         texts = [turn for prompt in prompts if prompt.task != SUMS for turn in prompt.turns]
         corpus = Path(pipeline.training.corpus)

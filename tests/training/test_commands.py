@@ -1,6 +1,8 @@
 """From a target alone to its drafters in service, by the commands that a user types, on a tiny Qwen3."""
 
 import json
+import random
+import re
 
 import pytest
 import yaml
@@ -10,7 +12,7 @@ from export import checkpoints
 from export.build import build
 from export.config import load
 from tests import tiny
-from training import calibrate, compose, corpus, train
+from training import calibrate, compose, corpus, german, train
 from training.corpus import read_corpus
 from training.prompts import read_prompts
 
@@ -91,10 +93,19 @@ def test_prompts_are_composed_of_what_is_at_hand(pipeline, capsys):
     assert all(len(p.turns) == 2 for p in by_task["chat"])
     assert any(name in p.turns[0] for p in by_task["qa"] for name in ("Alice Brown", "Carol", "Berlin", "David", "Robin Hood"))
     written = (pipeline.parent / "composed.jsonl").read_bytes()
+    pipeline.write_text(pipeline.read_text().replace("- train.jsonl", "- train.jsonl\n  - composed.jsonl"))
     assert compose.main(command) == 0
     assert (pipeline.parent / "composed.jsonl").read_bytes() == written
     assert compose.main([*command, "--summarization", "1000"]) == 1
     assert "--summarization: found 1000, allowed: up to" in capsys.readouterr().err
+
+
+def test_german_sentences_are_tokenised_as_translation_corpora_are():
+    made = [german.sentence(random.Random(i)) for i in range(300)]
+    assert len(set(made)) > 290
+    assert all(re.fullmatch(r"[A-ZÄÖÜ]\S*( \S+)+ \.", text) for text in made)
+    assert not any(re.search(r"\S,|,\S|\{|\}", text) for text in made)
+    assert german.sentence(random.Random(7)) == made[7]
 
 
 def test_composed_prompts_do_not_overlap_the_evaluation(pipeline):
