@@ -182,8 +182,10 @@ class DrafterCheckpoint:
 
 
 # Our additions to the public format, absent from downloaded drafters: a learned embedding of the mask for a target
-# without a mask token, and the draft vocabulary as EAGLE-3 writes it (token = i + d2t[i]).
+# without a mask token, the draft vocabulary as EAGLE-3 writes it (token = i + d2t[i]); and in dflash_config the
+# temperatures that calibrate the probabilities of a block's masked places, first to last (training/calibrate.py).
 MASK_EMBEDDING, DRAFT_TO_TARGET = "mask_embedding", "d2t"
+TEMPERATURES = "confidence_temperatures"
 
 
 def read_drafter(path: Path) -> DrafterCheckpoint:
@@ -304,8 +306,14 @@ def build_drafter(
         head = head[draft_ids]
     dflash = DFlash(config)
     dflash.load_state_dict(weights)
-    temperature = float(config.dflash_config.get("confidence_temperature", 1.0))
-    return Drafter(dflash.float(), embedding.float(), head.float(), draft_ids, temperature).eval(), int(mask_id)
+    temperatures = config.dflash_config.get(TEMPERATURES)
+    if temperatures is not None:
+        listed = isinstance(temperatures, list) and temperatures
+        if not listed or not all(isinstance(t, float | int) and 0 < t < float("inf") for t in temperatures):
+            raise CheckpointError(f"{name}: {TEMPERATURES}: found {temperatures}, allowed: a list of numbers above 0")
+        temperatures = torch.tensor(temperatures, dtype=torch.float32)
+    drafter = Drafter(dflash.float(), embedding.float(), head.float(), draft_ids, temperatures, int(mask_id))
+    return drafter.eval(), int(mask_id)
 
 
 def target_embeddings(folder: Path) -> tuple[Tensor, Tensor]:

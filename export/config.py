@@ -137,9 +137,12 @@ class TrainingSection(Section):
         le=1,
         description="share of VP blocks kept up to the first drafter's real rejection, its token banned",
     )
+    loss: Literal["tokens", "distribution", "mixed"] = Field(
+        "tokens", description="what a drafter learns: the token said, the target's distribution there, or half of each"
+    )
     steps: int = Field(2000, ge=1)
     blocks: int = Field(512, ge=1, description="blocks a pass, on each device")
-    anchors: int = Field(64, ge=1, description="blocks an answer, at most")
+    anchors: int = Field(256, ge=1, description="blocks an answer, at most")
     accumulate: int = Field(1, ge=1, description="passes whose gradients are summed into a step")
     learning_rate: float = Field(2e-3, gt=0, description="of Muon, which trains the matrices")
     average: float = Field(0.99, ge=0, lt=1, description="decay of the weights' moving average, which is what is saved")

@@ -135,22 +135,32 @@ class Drafter(nn.Module):
         embedding: ``[V', H]`` the target's input embedding, with one row more for a learned mask embedding.
         head: ``[Vd, H]`` the target's output rows for the draft vocabulary.
         draft_ids: ``[Vd]`` int64, the target's token of each head row; None where both vocabularies are one.
-        temperature: divides the logits before the confidences are taken (calibration; 1 leaves them).
+        temperatures: ``[D]`` f32, calibration: the d-th masked place of a block has its logits divided by the d-th before the
+            probabilities are taken, places beyond D by the last; None leaves them.
+        mask_id: the id of a masked place in ``block_ids``.
     """
 
     embedding: Tensor
     head: Tensor
     draft_ids: Tensor | None
+    temperatures: Tensor | None
 
     def __init__(
-        self, dflash: DFlash, embedding: Tensor, head: Tensor, draft_ids: Tensor | None = None, temperature: float = 1.0
+        self,
+        dflash: DFlash,
+        embedding: Tensor,
+        head: Tensor,
+        draft_ids: Tensor | None = None,
+        temperatures: Tensor | None = None,
+        mask_id: int = -1,
     ) -> None:
         super().__init__()
         self.dflash = dflash
-        self.temperature = temperature
+        self.mask_id = mask_id
         self.register_buffer("embedding", embedding)
         self.register_buffer("head", head)
         self.register_buffer("draft_ids", draft_ids)
+        self.register_buffer("temperatures", temperatures)
 
     def logits(
         self,
@@ -176,8 +186,23 @@ class Drafter(nn.Module):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         logits, new = self.logits(features, block_ids, positions, mask, past_lengths, past)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        if self.temperatures is not None:
+            depth = masked_depth(block_ids == self.mask_id, positions, mask)
+            logits = logits / self.temperatures[(depth - 1).clamp(0, len(self.temperatures) - 1)][..., None]
         best, index = logits.topk(CANDIDATES, dim=-1)
         confidences = torch.exp(best - torch.logsumexp(logits, dim=-1, keepdim=True))
         tokens = index if self.draft_ids is None else self.draft_ids[index]
         return tokens, confidences, new
+
+
+def masked_depth(masked: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """How many masked places a block has up to each of its tokens: ``[B, N]`` int64, 0 for the anchor and what is kept.
+
+    Args:
+        masked: ``[B, N]`` bool. positions: ``[B, M + N]``, mask: ``[B, N, M + N]``: the graph's, which say who shares a block.
+    """
+    n = masked.shape[1]
+    place = positions[:, -n:]
+    behind = place[:, None, :] <= place[:, :, None]
+    return (mask[:, :, -n:] & behind & masked[:, None, :]).long().sum(-1)

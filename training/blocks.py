@@ -23,14 +23,14 @@ class Blocks:
 
 
 def sample_anchors(prompt_lengths: Tensor, lengths: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw anchors of each answer without replacement: ``[S, count]`` int64, -1 where an answer has too few.
+    """Draw anchors of each answer without replacement: ``[S, A]`` int64, A <= count, -1 where an answer has too few.
 
     The first anchor of an answer is its prompt's last token, the last one its token before last.
     """
     places = torch.arange(int(lengths.max()))
     allowed = (places >= prompt_lengths[:, None] - 1) & (places < lengths[:, None] - 1)
     keys = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, -1)
-    drawn, anchors = keys.topk(min(count, keys.shape[1]), dim=1)
+    drawn, anchors = keys.topk(min(count, int(allowed.sum(1).max())), dim=1)
     return anchors.masked_fill(drawn < 0, -1)
 
 

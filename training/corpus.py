@@ -151,25 +151,48 @@ def invent(path: Path, answerer: Answerer, count: int, seed: int) -> list[Prompt
 
 
 def extend(path: Path, answerer: Answerer, prompts: Sequence[Prompt], tokens: int) -> None:
-    """Answer the prompts that a corpus does not hold yet and append them to it, with progress."""
-    done = {answer.id for answer in _read(path)} if path.exists() else set()
+    """Answer the prompts that a corpus does not hold yet and append them to it, with progress.
+
+    A conversation's later turns are asked behind its earlier ones, the target's own answers between them. What a kill can
+    take of the file is the answer that was being written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_cut_line(path)
-    missing = [prompt for prompt in prompts if prompt.id not in done]
-    print(f"{len(done)} answers in {path}, {len(missing)} to come", flush=True)
-    asked = (
-        Answer(prompt.id, prompt.task, chat_ids(answerer.tokenizer, prompt.turns[:1]), [], temperature_of(prompt.id))
-        for prompt in missing
-    )
+    done = {answer.id: answer for answer in _read(path)} if path.exists() else {}
+    missing = sum(turn_id(prompt, turn) not in done for prompt in prompts for turn in range(len(prompt.turns)))
+    print(f"{len(done)} answers in {path}, {missing} to come", flush=True)
     began, count, words = time.monotonic(), 0, 0
     with path.open("a", encoding="utf-8") as lines:
-        for answer in answerer.answer(asked, tokens):
-            lines.write(json.dumps(asdict(answer), separators=(",", ":")) + "\n")
-            lines.flush()
-            count, words = count + 1, words + len(answer.response_ids)
-            if count % 50 == 0 or count == len(missing):
-                pace = words / (time.monotonic() - began)
-                print(f"{count}/{len(missing)} answers, {words} tokens, {pace:.0f} tokens/s", flush=True)
+        for turn in range(max((len(prompt.turns) for prompt in prompts), default=0)):
+            for answer in answerer.answer(_asked(prompts, turn, done, answerer.tokenizer), tokens):
+                done[answer.id] = answer
+                lines.write(json.dumps(asdict(answer), separators=(",", ":")) + "\n")
+                lines.flush()
+                count, words = count + 1, words + len(answer.response_ids)
+                if count % 50 == 0 or count == missing:
+                    pace = words / (time.monotonic() - began)
+                    print(f"{count}/{missing} answers, {words} tokens, {pace:.0f} tokens/s", flush=True)
+
+
+def turn_id(prompt: Prompt, turn: int) -> str:
+    """Name of the answer to a turn of a prompt: the first turn's is the prompt's own."""
+    return f"{prompt.id}#{turn}" if turn else prompt.id
+
+
+def _asked(
+    prompts: Sequence[Prompt], turn: int, done: dict[str, Answer], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Answer]:
+    """What is still to be answered of a turn, where the turns before it are."""
+    for prompt in prompts:
+        earlier = [done.get(turn_id(prompt, before)) for before in range(turn)]
+        name = turn_id(prompt, turn) if turn < len(prompt.turns) else None
+        if name is None or name in done or None in earlier:
+            continue
+        history: list[str] = []
+        for text, said in zip(prompt.turns, earlier, strict=False):
+            assert said is not None
+            history += [text, str(tokenizer.decode(said.response_ids, skip_special_tokens=True))]
+        yield Answer(name, prompt.task, chat_ids(tokenizer, [*history, prompt.turns[turn]]), [], temperature_of(name))
 
 
 def temperature_of(prompt_id: str) -> float:

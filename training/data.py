@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from export.config import TrainingSection
 from training.corpus import Answer
@@ -15,13 +16,36 @@ HELD_OUT = 64  # every 64th answer is kept for validation
 
 @dataclass
 class Batch:
-    """Some answers, right-padded: tokens ``[S, L]`` int64, features ``[S, L, F]``, lengths ``[S]`` int64."""
+    """Some answers, right-padded.
+
+    tokens ``[S, L]`` int64, lengths ``[S]`` int64, features ``[S, L, F]`` f32; last ``[S, L, H]`` f32, the normed last hidden
+    states, unless the loss looks at tokens alone.
+    """
 
     tokens: Tensor
     prompt_lengths: Tensor
     lengths: Tensor
     features: Tensor
+    last: Tensor | None
     generator: torch.Generator  # of what is drawn for this batch
+
+    def fold(self, anchors: Tensor, width: int) -> tuple["Batch", Tensor]:
+        """Give an answer with more than ``width`` anchors several rows of the batch: a block's attention looks, in vain,
+        at all blocks of its row.
+
+        Args:
+            anchors: ``[S, A]``, the -1 of a row at its end.
+
+        Returns:
+            The batch of the new rows, and their anchors ``[S', width]``.
+        """
+        rows = -(-anchors.shape[1] // width)
+        anchors = F.pad(anchors, (0, rows * width - anchors.shape[1]), value=-1).view(-1, width)
+        used = (anchors[:, 0] >= 0).nonzero().squeeze(1)
+        of = used // rows
+        last = None if self.last is None else self.last[of]
+        parts = (self.tokens[of], self.prompt_lengths[of], self.lengths[of], self.features[of], last, self.generator)
+        return Batch(*parts), anchors[used]
 
 
 class Data:
@@ -51,7 +75,7 @@ class Data:
         return groups
 
     def load(self, indices: list[int], seed: str, device: torch.device) -> Batch:
-        """Put answers on the device, features in f32."""
+        """Put answers on the device."""
         chosen = [self.answers[i] for i in indices]
         lengths = torch.tensor([len(answer) for answer in chosen])
         tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
@@ -62,5 +86,6 @@ class Data:
             torch.tensor([len(answer.prompt_ids) for answer in chosen]).to(device),
             lengths.to(device),
             self.features.batch(indices).to(device).float(),
+            None if self.options.loss == "tokens" else self.features.last(indices).to(device).float(),
             torch.Generator().manual_seed(random.Random(seed).getrandbits(63)),
         )

@@ -58,7 +58,7 @@ def first_of_each_task(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
 
 def _read(file: Path) -> Iterator[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold other ends of line
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from export.checkpoints import DRAFT_TO_TARGET, MASK_EMBEDDING, build_drafter, read_drafter, spread_layers
+from export.checkpoints import DRAFT_TO_TARGET, MASK_EMBEDDING, TEMPERATURES, build_drafter, read_drafter, spread_layers
 from export.config import TrainingSection
 from export.drafter import DFlash
 from training.blocks import Blocks
@@ -78,6 +78,7 @@ class Student(nn.Module):
         embedding, head = embeddings(target)
         built, mask_id = build_drafter(checkpoint, target.config, embedding, head)
         draft_ids = built.draft_ids if built.draft_ids is not None else torch.arange(embedding.shape[0])
+        checkpoint.config.dflash_config.pop(TEMPERATURES, None)  # those of other weights as soon as training goes on
         student = cls(checkpoint.config, target, draft_ids)
         student.dflash.load_state_dict(built.dflash.state_dict())
         with torch.no_grad():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
 from export import checkpoints
@@ -25,9 +26,12 @@ from training.corpus import read_corpus
 from training.data import Batch, Data
 from training.features import Features
 from training.losses import ban, leading, weighted_cross_entropy
+from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
 
-VALIDATE_EVERY = 200  # steps
+VALIDATE_EVERY = 50  # steps
+SAVE_EVERY = 180  # seconds, between validations
+WIDTH = 64  # blocks in a row of a batch
 WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
 
 
@@ -58,7 +62,7 @@ class Trainer:
         rate = options.learning_rate
         # Muon's update has the size of AdamW's, so that one rate serves both.
         self.optimisers = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=rate, weight_decay=0.01, dtype=torch.bfloat16 if fast_bf16(device) else torch.float32),
             torch.optim.AdamW(vectors, lr=rate, weight_decay=0.0, betas=(0.9, 0.95)),
         ]
 
@@ -71,6 +75,7 @@ class Trainer:
         """Train to the end, going on from a saved state if there is one."""
         self.restore()
         began, blocks = time.monotonic(), 0
+        saved = began
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step) as board:
             while self.step < self.options.steps:
                 loss, count = self.train_step()
@@ -85,6 +90,10 @@ class Trainer:
                 if self.step % VALIDATE_EVERY == 0 or self.step == self.options.steps:
                     record |= self.validate()
                     self.save()
+                    saved = time.monotonic()
+                elif time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
                 self.log(record, board)
 
     def train_step(self) -> tuple[float, int]:
@@ -97,6 +106,7 @@ class Trainer:
         for _ in range(self.options.accumulate):
             batch = self.next_batch()
             anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), self.options.anchors, batch.generator)
+            batch, anchors = batch.fold(anchors, WIDTH)
             with self.precision():
                 part = self.loss(batch, anchors.to(self.device)) / self.options.accumulate
             part.backward()
@@ -131,7 +141,26 @@ class Trainer:
         rows = (blocks.weights > 0) & (labels >= 0) & (labels != banned)
         logits = self.student.logits(batch.features, blocks, rows)
         count = (blocks.weights.sum().round()).clamp(min=1)
-        return weighted_cross_entropy(logits, labels[rows], blocks.weights[rows], banned[rows]) / count
+        wanted = self.wanted(batch, blocks, rows, labels[rows], banned[rows])
+        return weighted_cross_entropy(logits, labels[rows], blocks.weights[rows], banned[rows], wanted) / count
+
+    @torch.no_grad()
+    def wanted(self, batch: Batch, blocks: Blocks, rows: Tensor, labels: Tensor, banned: Tensor) -> Tensor | None:
+        """What the loss compares each row with: the target's distribution there ``[R, Vd]``, or None for its token alone.
+
+        Many blocks predict one place: the head is multiplied once for it. The distribution is the one over the draft
+        vocabulary, without the banned token.
+        """
+        if batch.last is None:
+            return None
+        answer = torch.arange(len(rows), device=self.device)[:, None].expand_as(rows)[rows]
+        places, back = torch.unique(answer * batch.tokens.shape[1] + blocks.positions[rows] - 1, return_inverse=True)
+        said = F.linear(batch.last.flatten(0, 1)[places], self.student.head).float()
+        wanted = ban(said[back], banned).softmax(-1)
+        if self.options.loss == "mixed":
+            wanted *= 0.5
+            wanted[torch.arange(len(labels), device=self.device), labels] += 0.5
+        return wanted
 
     def lay(self, batch: Batch, anchors: Tensor, rejections: float) -> tuple[Blocks, Tensor]:
         """Blocks to train on, and the draft index that each place may not say, ``[S, N]``, or -1.
@@ -196,26 +225,30 @@ class Trainer:
                     won += int(self.redraft_gain(batch, anchors, accepted, refused).sum())
         return {"acceptance_length": round(won / max(count, 1), 4)}
 
-    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
-        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
+    def redraft(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> tuple[Blocks, Tensor]:
+        """Blocks kept up to the first drafter's rejections, and the draft index banned at each place ``[S, N]``, or -1."""
         gamma = int(self.student.config.block_size)
-        missed = (refused >= 0) & (anchors >= 0)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, accepted, gamma, self.student.mask_id, 1.0)
         banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        place = (accepted + 1).clamp(max=gamma - 1)[..., None]
-        banned = banned.scatter(2, place, torch.where(missed, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
+        index = torch.where((refused >= 0) & (anchors >= 0), self.student.to_draft[refused.clamp(min=0)], -1)
+        return blocks, banned.scatter(2, (accepted + 1).clamp(max=gamma - 1)[..., None], index[..., None]).flatten(1)
+
+    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
+        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
+        missed = (refused >= 0) & (anchors >= 0)
+        blocks, banned = self.redraft(batch, anchors, accepted, refused)
         rows = blocks.weights > 0
-        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned.flatten(1)[rows]).argmax(-1)
+        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned[rows]).argmax(-1)
+        gamma = int(self.student.config.block_size)
         right = torch.zeros_like(rows)
         right[rows] = self.student.draft_ids[said] == blocks.labels[rows]
         k = torch.arange(gamma, device=self.device)
-        right = right.view(banned.shape) | (k <= accepted[..., None])
+        right = right.view(*anchors.shape, gamma) | (k <= accepted[..., None])
         return (leading(right) - 1 - accepted).clamp(min=0) * missed
 
     def precision(self) -> AbstractContextManager[object]:
         """bf16 where the device multiplies it faster than f32."""
-        fast = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if fast_bf16(self.device) else nullcontext()
 
     def averaged(self) -> "Averaged":
         return Averaged(list(self.student.parameters()), self.average)
@@ -261,6 +294,11 @@ class Trainer:
                 board.add_scalar(key, value, record["step"])
         if self.step % 20 == 0 or "acceptance_length" in record:
             print("  ".join(f"{key} {value}" for key, value in record.items()), file=sys.stderr, flush=True)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 matrices faster than f32 ones."""
+    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
 
 
 class Averaged:

@@ -1,6 +1,8 @@
 """Corpus and evaluation on a tiny pipeline, from the command down to the figures."""
 
 import json
+from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -44,11 +46,14 @@ def test_the_corpus_is_the_targets_answers_and_goes_on_after_a_kill(pipeline, ca
     assert corpus.main(command) == 0
     path = pipeline / "corpus.jsonl"
     answers = {answer.id: answer for answer in read_corpus(path)}
-    assert set(answers) == {f"q/{i}" for i in range(len(QUESTIONS))}
+    assert set(answers) == {f"q/{i}" for i in range(len(QUESTIONS))} | {"q/2#1"}
     tokenizer, model = tiny.tokenizer(), tiny.target()
     for name, answer in answers.items():
-        text = QUESTIONS[int(name[2:])]
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": QUESTIONS[int(name[2])]}]
+        if name == "q/2#1":
+            said = tokenizer.decode(answers["q/2"].response_ids, skip_special_tokens=True)
+            turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "and more?"}]
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert answer.prompt_ids == tokenizer(chat, add_special_tokens=False)["input_ids"]
         assert answer.temperature == temperature_of(name)
         if answer.temperature == 0:
@@ -62,6 +67,32 @@ def test_the_corpus_is_the_targets_answers_and_goes_on_after_a_kill(pipeline, ca
     assert "2 answers in" in capsys.readouterr().out
 
 
+class Echo:
+    """An answerer that says the last token of each prompt three times, two prompts at a time."""
+
+    tokenizer = tiny.tokenizer()
+
+    def answer(self, asked, tokens):
+        for pair in zip_longest(*[iter(asked)] * 2):
+            yield from (replace(a, response_ids=a.prompt_ids[-1:] * 3) for a in reversed(pair) if a)
+
+
+def test_a_corpus_cut_at_any_byte_loses_one_answer_at_most(tmp_path):
+    prompts = [Prompt("a", "t", ("the quick", "brown")), Prompt("b", "t", ("größer",)), Prompt("c", "t", ("日本語", "x", "y"))]
+    whole = tmp_path / "whole.jsonl"
+    corpus.extend(whole, Echo(), prompts, 8)
+    data, answers = whole.read_bytes(), {answer.id: answer for answer in read_corpus(whole)}
+    assert set(answers) == {"a", "a#1", "b", "c", "c#1", "c#2"}
+    for cut in range(len(data) - 1):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(data[:cut])
+        kept = data[:cut].count(b"\n")
+        assert len(read_corpus(path)) == kept
+        corpus.extend(path, Echo(), prompts, 8)
+        assert path.read_bytes().startswith(b"".join(data.splitlines(keepends=True)[:kept]))
+        assert {answer.id: answer for answer in read_corpus(path)} == answers
+
+
 def test_invented_prompts_are_kept(pipeline):
     command = [str(pipeline / "pipeline.yaml"), "--tokens", "4", "--invent", "24", "--build", str(pipeline / "alone")]
     output = pipeline / "invented" / "corpus.jsonl"
@@ -70,7 +101,7 @@ def test_invented_prompts_are_kept(pipeline):
     before = kept.read_text()
     prompts = read_prompts([kept])
     assert len({prompt.turns for prompt in prompts}) == len(prompts)
-    assert len(read_corpus(output)) <= len(prompts) + len(QUESTIONS)
+    assert len(read_corpus(output)) <= len(prompts) + len(QUESTIONS) + 1  # one has two turns
     assert corpus.main([*command, "--output", str(output)]) == 0
     assert kept.read_text().startswith(before)
 

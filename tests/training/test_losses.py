@@ -33,3 +33,20 @@ def test_ban_leaves_other_rows():
 
 def test_leading():
     assert leading(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()).tolist() == [2, 0, 4]
+
+
+def test_a_wanted_distribution_pulls_the_logits_towards_itself():
+    logits = torch.tensor([[1.0, 0.5, -2.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    wanted = torch.tensor([[0.2, 0.5, 0.3], [0.0, 0.25, 0.75]])
+    weights, labels = torch.tensor([1.0, 0.5]), torch.tensor([1, 2])
+    weighted_cross_entropy(logits, labels, weights, torch.tensor([-1, 0]), wanted).backward()
+    expected = weights[:, None] * (torch.stack([torch.softmax(logits[0], 0), torch.tensor([0.0, 0.5, 0.5])]) - wanted)
+    torch.testing.assert_close(logits.grad, expected.detach())
+
+
+def test_wanting_the_label_alone_is_the_loss_of_tokens():
+    logits, labels = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 6, 1, 2])
+    weights, banned = torch.rand(5, generator=torch.Generator().manual_seed(1)), torch.tensor([4, -1, 2, -1, 0])
+    certain = torch.nn.functional.one_hot(labels, 7).float()
+    mine = weighted_cross_entropy(logits, labels, weights, banned, certain)
+    torch.testing.assert_close(mine, weighted_cross_entropy(logits, labels, weights, banned))

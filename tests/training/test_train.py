@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from export import checkpoints
 from export.config import TrainingSection
+from export.drafter import masked_depth
 from export.onnx_export import export_drafter
 from tests import tiny
 from training.blocks import lay_blocks
@@ -110,6 +111,39 @@ def test_no_leak_of_the_future(target, tmp_path):
         assert not torch.equal(said(changed_tokens, changed_features), reference)
 
 
+@pytest.mark.parametrize("loss", ["distribution", "mixed"])
+def test_the_loss_looks_at_what_the_target_says_there(target, tmp_path, loss):
+    made = trainer(target, tmp_path, loss=loss)
+    batch = made.next_batch()
+    anchors = torch.tensor([[4, 6]]).expand(len(batch.lengths), -1)
+    blocks, banned = made.lay(batch, anchors, 0.0)
+    labels = made.student.to_draft[blocks.labels]
+    rows = (blocks.weights > 0) & (labels >= 0)
+    wanted = made.wanted(batch, blocks, rows, labels[rows], banned[rows])
+    with torch.no_grad():
+        said = target(batch.tokens).logits[..., made.student.draft_ids].softmax(-1)
+    s, place = rows.nonzero()[3].tolist()
+    expected = said[s, blocks.positions[s, place] - 1]
+    if loss == "mixed":
+        expected = expected / 2
+        expected[labels[s, place]] += 0.5
+    torch.testing.assert_close(wanted[3], expected, atol=0.02, rtol=0)  # hidden states are kept in bf16
+
+
+def test_an_answer_may_lie_in_several_rows_of_a_batch(target, tmp_path):
+    """The loss is the same however many blocks share a row."""
+    made = trainer(target, tmp_path, loss="distribution")
+    batch = made.next_batch()
+    anchors = torch.tensor([[4, 6, 8, 9, 2], [5, 3, -1, -1, -1]])
+    batch = batch.fold(torch.zeros(len(batch.lengths), 1, dtype=torch.int64), 1)[0]
+    batch.tokens, batch.lengths, batch.features = batch.tokens[:2], batch.lengths[:2], batch.features[:2]
+    batch.prompt_lengths, batch.last = batch.prompt_lengths[:2], batch.last[:2]
+    folded, their = batch.fold(anchors, 2)
+    assert their.tolist() == [[4, 6], [8, 9], [2, -1], [5, 3]]
+    assert torch.equal(folded.tokens, batch.tokens[[0, 0, 0, 1]])
+    torch.testing.assert_close(made.loss(folded, their), made.loss(batch, anchors))
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
@@ -191,6 +225,9 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
 
     saved = trainer(target, tmp_path / "drafter", steps=3)
     saved.run()
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    config["dflash_config"][checkpoints.TEMPERATURES] = [2.0, 0.5, 1.5]
+    (tmp_path / "drafter" / "config.json").write_text(json.dumps(config))
     checkpoint = checkpoints.read_drafter(tmp_path / "drafter")
     embedding, head = target.get_input_embeddings().weight.detach(), target.get_output_embeddings().weight.detach()
     drafter, mask_id = checkpoints.build_drafter(checkpoint, target.config, embedding, head)
@@ -204,7 +241,8 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
     student = Student.load(tmp_path / "drafter", target)
     with torch.no_grad():
         logits = student.logits(features, blocks, torch.ones_like(blocks.ids, dtype=torch.bool))
-    best = torch.softmax(logits, -1).topk(16)
+    # One token is kept behind the anchor: the masked places are the third, whose temperature is 2, and the fourth.
+    best = torch.softmax(logits / torch.tensor([2.0, 2.0, 2.0, 0.5])[:, None], -1).topk(16)
     empty = {f"past_{kind}_{layer}": torch.zeros(1, 2, 1, tiny.HEAD_DIM) for layer in range(2) for kind in "kv"}
     feeds = {
         "features": features[:, :anchor],
@@ -216,6 +254,23 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
     tokens_said, confidences, *_ = session.run(None, {name: value.numpy() for name, value in feeds.items()})
     torch.testing.assert_close(torch.tensor(confidences[0]), best.values, atol=1e-4, rtol=0)
     assert (torch.tensor(tokens_said[0, :, 0]) == student.draft_ids[best.indices[:, 0]]).all()
+
+
+def test_the_temperature_of_a_place_counts_the_masks_before_it_in_its_block():
+    """Two blocks in one row, as branches lie; which tokens share a block, the mask says."""
+    masked = torch.tensor([[False, True, True, True, False, False, True, True]])
+    positions = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 5, 6, 7, 8]])  # three feature rows before them
+    block = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    mask = torch.cat([torch.ones(8, 3), (block[:, None] == block).float()], dim=1).bool()[None]
+    assert masked_depth(masked, positions, mask).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("found", [[], [1.0, 0], ["1"], [float("inf")], 2.0])
+def test_temperatures_that_are_none_are_refused(target, tmp_path, found):
+    folder = tiny.save_drafter(tmp_path / "d", dflash_config={"target_layer_ids": [0, 2], checkpoints.TEMPERATURES: found})
+    embedding = target.get_input_embeddings().weight.detach()
+    with pytest.raises(checkpoints.CheckpointError, match=r"confidence_temperatures: found .*, allowed: a list of numbers"):
+        checkpoints.build_drafter(checkpoints.read_drafter(folder), target.config, embedding, embedding)
 
 
 def test_the_draft_vocabulary_is_what_answers_use_most():
