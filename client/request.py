@@ -8,12 +8,21 @@ from typing import Any, TypedDict
 import numpy as np
 from tritonclient.utils import np_to_triton_dtype
 
-MODEL = "ensemble"
+MODEL, DECODER = "ensemble", "d2sd"  # what is asked, and the part of it that is told to stop
 ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of its steps
 
 
 class ServiceError(RuntimeError):
-    """The service refused a request or could not be reached; the message is its own."""
+    """The service refused a request or could not be reached; the message is its own.
+
+    Attributes:
+        status: the name of a gRPC status: INVALID_ARGUMENT for a request at fault, UNAVAILABLE for a service that is not
+            there or takes nothing now.
+    """
+
+    def __init__(self, message: str, status: str = "UNKNOWN") -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Message(TypedDict, total=False):
@@ -61,12 +70,14 @@ class Piece:
     Attributes:
         text: the new text. output_tokens: tokens of the answer so far. cycles: target passes so far.
         finish_reason: empty while the answer grows; then end, length, stop or cancelled.
+        input_tokens: tokens of the prompt.
     """
 
     text: str
     output_tokens: int
     cycles: int
     finish_reason: str
+    input_tokens: int
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,13 @@ def join(pieces: Sequence[Piece]) -> Answer:
     if not pieces:
         raise ServiceError("the service ended the stream without an answer")
     last = pieces[-1]
-    return Answer("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason)
+    return Answer(
+        "".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason, last.input_tokens
+    )
 
 
 DTYPES = {
+    "prompt_ids": np.int32,
     "max_tokens": np.int32,
     "temperature": np.float32,
     "top_k": np.int32,
@@ -97,11 +111,16 @@ DTYPES = {
 }
 
 
-def fields_of(prompt: str | Sequence[Message], options: Options, stream: bool) -> dict[str, Any]:
-    """The inputs that a request names: ``text_input`` for text, ``messages`` for a chat."""
+Prompt = str | Sequence[Message] | Sequence[int]  # text, a chat, or token ids
+
+
+def fields_of(prompt: Prompt, options: Options, stream: bool) -> dict[str, Any]:
+    """The inputs that a request names: ``text_input`` for text, ``prompt_ids`` for token ids, ``messages`` for a chat."""
     named: dict[str, Any] = {"stream": stream}
     if isinstance(prompt, str):
         named["text_input"] = prompt
+    elif prompt and isinstance(prompt[0], int):
+        named["prompt_ids"] = list(prompt)
     else:
         named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
     named |= {field.name: getattr(options, field.name) for field in fields(options)}
@@ -122,7 +141,7 @@ def to_tensors(named: Mapping[str, Any], module: Any) -> list[Any]:
             array = np.array([[value]])
         elif name in DTYPES:
             try:
-                array = np.array([[value]], dtype=DTYPES[name])
+                array = np.array([value if isinstance(value, list) else [value]], dtype=DTYPES[name])
             except OverflowError:
                 raise ValueError(f"{name}: found {value}, which does not fit {DTYPES[name].__name__}") from None
         else:
@@ -145,6 +164,7 @@ def from_tensors(result: Any) -> Piece:
         int(value("output_tokens")),
         int(value("cycles")),
         value("finish_reason").decode(),
+        int(value("num_input_tokens")),
     )
 
 
@@ -160,4 +180,4 @@ def from_json(line: str) -> Piece:
         raise ServiceError(f"the service answered with something else than JSON: {line[:200]}") from None
     if "error" in body:
         raise ServiceError(body["error"].removeprefix(ENSEMBLE))
-    return Piece(body["text_output"], body["output_tokens"], body["cycles"], body["finish_reason"])
+    return Piece(body["text_output"], body["output_tokens"], body["cycles"], body["finish_reason"], body["num_input_tokens"])

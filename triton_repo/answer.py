@@ -55,7 +55,8 @@ class Answer:
             self.unsent_ids += new[: count - before]
             self.unread = []
             if self.stream or finish:
-                response = _response(self.unsent, self.unsent_ids, count, cycles, finish_reason=finish or "")
+                prompt = len(self.sequence.prompt)
+                response = _response(self.unsent, self.unsent_ids, count, cycles, prompt, finish_reason=finish or "")
                 self.unsent, self.unsent_ids = "", []
                 self.sender.send(response, flags=FINAL if finish else 0)
         return finish is not None
@@ -79,13 +80,14 @@ def stopped(sender: Any, count: int) -> None:
     sender.send(_response(finish_reason="cancelled" if count else ""), flags=FINAL)
 
 
-def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, *, finish_reason: str) -> Any:
+def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, prompt: int = 0, *, finish_reason: str) -> Any:
     return pb_utils.InferenceResponse(
         [
             tensors.texts("text_output", [piece]),
             tensors.output("output_ids", ids, np.int32),
             tensors.output("output_tokens", [tokens], np.int32),
             tensors.output("cycles", [cycles], np.int32),
+            tensors.output("num_input_tokens", [prompt], np.int32),
             tensors.texts("finish_reason", [finish_reason]),
         ]
     )

@@ -47,6 +47,10 @@ class TritonPythonModel:
         if tensors.strings(request, "bad_words"):
             raise ValueError("bad_words: found some, allowed: none, since the answers are the target's own")
         text = tensors.scalar(request, "text_input", "")
+        if ids := tensors.integers(request, "prompt_ids"):
+            if text or tensors.scalar(request, "messages"):
+                raise ValueError("prompt_ids: found beside text_input or messages, allowed: one of the three")
+            return ids
         messages = tensors.scalar(request, "messages")
         arguments = tensors.scalar(request, "chat_template_kwargs")
         if messages and text:

@@ -1,0 +1,189 @@
+"""OpenAI's requests → what the client asks; the pieces of answers → OpenAI's responses."""
+
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from client import Message, Options, Piece, ServiceError
+from client.request import Prompt
+from gateway.schema import ChatMessage, ChatRequest, CompletionRequest, Request
+
+Json = dict[str, Any]
+REASONS = {"end": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One sequence to generate. ``echo`` is shown before its answer."""
+
+    prompt: Prompt
+    options: Options
+    echo: str = ""
+
+
+def asks(request: Request) -> list[Ask]:
+    """The sequences of a request: ``n`` for each prompt, in the order of their index."""
+    prompts: Sequence[Prompt]
+    if isinstance(request, ChatRequest):
+        prompts = [[_message(message) for message in request.messages]]
+    elif isinstance(request, CompletionRequest):
+        prompts = request.prompts
+    made = []
+    for prompt in prompts:
+        for number in range(request.n or 1):
+            echo = prompt if isinstance(prompt, str) and isinstance(request, CompletionRequest) and request.echo else ""
+            made.append(Ask(prompt, _options(request, number), echo))
+    return made
+
+
+def _message(message: ChatMessage) -> Message:
+    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
+    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+
+
+def _options(request: Request, number: int) -> Options:
+    """Of the number-th answer to a prompt: each has a seed of its own, the first one the seed that was asked for.
+
+    What a request leaves out is OpenAI's default (temperature 1, top_p 1), but for the length, which the service knows.
+    """
+    max_tokens = request.max_tokens
+    if isinstance(request, ChatRequest):
+        max_tokens = max_tokens or request.max_completion_tokens
+    elif max_tokens is None:
+        max_tokens = 16
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    seed = secrets.randbits(63) if request.seed is None else (request.seed + number) % 2**64
+    return Options(
+        max_tokens=max_tokens,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_k=max(request.top_k or 0, 0),
+        top_p=request.top_p or 1.0,
+        seed=seed,
+        stop_words=[word for word in stop if word] or None,
+    )
+
+
+@dataclass
+class Tally:
+    """What the sequences of a request have used so far."""
+
+    last: dict[int, Piece] = field(default_factory=dict)  # by the sequence's index
+    prompts: dict[int, int] = field(default_factory=dict)  # tokens of each prompt, by its number
+    each: int = 1  # sequences a prompt
+
+    def count(self, index: int, piece: Piece) -> None:
+        self.last[index] = piece
+        self.prompts[index // self.each] = piece.input_tokens
+
+    def usage(self) -> Json:
+        prompt, answer = sum(self.prompts.values()), sum(piece.output_tokens for piece in self.last.values())
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+class Reply:
+    """The responses to one request. What differs between the two endpoints stands in the subclasses."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, request: Request) -> None:
+        self.stream = bool(request.stream)
+        self.id, self.created, self.model = f"{self.prefix}{uuid.uuid4().hex}", int(time.time()), request.model
+        options = request.stream_options
+        self.include_usage = bool(options and options.include_usage)
+        self.continuous = bool(options and options.continuous_usage_stats)
+        self.tally = Tally(each=request.n or 1)
+        self.opened: set[int] = set()
+
+    def opening(self, ask: Ask) -> Json | None:
+        """What a sequence's stream begins with."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> Json:
+        """What a piece of a stream holds."""
+        raise NotImplementedError
+
+    def choice(self, text: str) -> Json:
+        """What a whole answer holds."""
+        raise NotImplementedError
+
+    def chunks(self, index: int, ask: Ask, piece: Piece) -> list[Json]:
+        """What a piece of the sequence ``index`` adds to the stream.
+
+        Nothing precedes a sequence's first token: who measures the time to it takes the first chunk for it. A piece without new
+        text (half a character) is told only to those who want to count its tokens.
+        """
+        self.tally.count(index, piece)
+        made = []
+        if index not in self.opened:
+            self.opened.add(index)
+            if (opening := self.opening(ask)) is not None:
+                made.append(self._chunk(index, opening, None))
+        if piece.text or (self.continuous and not piece.finish_reason):
+            made.append(self._chunk(index, self.delta(piece.text), None))
+        if piece.finish_reason:
+            made.append(self._chunk(index, self.delta(""), reason(piece)))
+        return made
+
+    def closing(self) -> Json | None:
+        """The chunk behind the last sequence's end."""
+        return self._envelope(self.chunk_kind, [], self.tally.usage()) if self.include_usage else None
+
+    def whole(self, asked: Sequence[Ask], answers: Sequence[Piece]) -> Json:
+        """The response of a request that is not streamed."""
+        choices = []
+        for index, (ask, answer) in enumerate(zip(asked, answers, strict=True)):
+            self.tally.count(index, answer)
+            choices.append(
+                {"index": index, "logprobs": None, "finish_reason": reason(answer)} | self.choice(ask.echo + answer.text)
+            )
+        return self._envelope(self.kind, choices, self.tally.usage())
+
+    def _chunk(self, index: int, content: Json, finish: str | None) -> Json:
+        choice = {"index": index, "logprobs": None, "finish_reason": finish} | content
+        return self._envelope(self.chunk_kind, [choice], self.tally.usage() if self.continuous else None)
+
+    def _envelope(self, kind: str, choices: list[Json], usage: Json | None) -> Json:
+        made = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return made | {"usage": usage} if usage or self.include_usage else made
+
+
+class ChatReply(Reply):
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, ask: Ask) -> Json | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def delta(self, text: str) -> Json:
+        return {"delta": {"content": text} if text else {}}
+
+    def choice(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+class CompletionReply(Reply):
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def opening(self, ask: Ask) -> Json | None:
+        return self.delta(ask.echo) if ask.echo else None
+
+    def delta(self, text: str) -> Json:
+        return {"text": text}
+
+    def choice(self, text: str) -> Json:
+        return {"text": text}
+
+
+def reason(piece: Piece) -> str:
+    """OpenAI's word for why an answer ended.
+
+    Raises:
+        ServiceError: it was ended by nobody who asked for it.
+    """
+    if piece.finish_reason not in REASONS:
+        raise ServiceError(f"the answer was ended: {piece.finish_reason}", "UNAVAILABLE")
+    return REASONS[piece.finish_reason]
