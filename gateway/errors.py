@@ -35,7 +35,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         # Half of a surrogate pair can be written in JSON, but not sent.
-        message = self.message.encode("utf-8", "replace").decode()
+        message = self.message[:1000].encode("utf-8", "replace").decode()
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:

@@ -54,6 +54,7 @@ def command(build: Path, host: str, ports: Ports, backends: Path) -> tuple[list[
     options = [f"--model-repository={repository}", "--exit-on-error=true", "--log-info=false", "--log-warning=true"]
     options += [f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
     options += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
+    options += ["--model-control-mode=none", "--disable-auto-complete-config", "--strict-readiness=true"]
     if not Path("/dev/nvidiactl").exists():
         options += ["--pinned-memory-pool-byte-size=0", "--allow-gpu-metrics=false"]  # else it complains that there is no GPU
     if binary := shutil.which("tritonserver"):

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory, worker_id):
-    """Built once, whichever worker comes first."""
-    base = tmp_path_factory.getbasetemp()
-    root = (base if worker_id == "master" else base.parent) / "gateway"
-    root.mkdir(exist_ok=True)
+def built():
+    """Built once, whichever worker comes first; a later run finds its engines."""
+    root = ROOT / "build" / "gateway-tests"
+    root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "pipeline.yaml").exists():
-            build(load(tiny.save_pipeline(root)), root / "build")
+        for checkpoint in ("target", "first", "second"):
+            shutil.rmtree(root / checkpoint, ignore_errors=True)
+        build(load(tiny.save_pipeline(root)), root / "build")
     return root / "build"
 
 

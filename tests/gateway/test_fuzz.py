@@ -76,7 +76,7 @@ def test_bodies_that_are_no_request(asked, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_parameter_with_every_wrong_value(asked, path):
-    """A value that is right for a parameter is answered; the rest is refused. No value of a type that a parameter has not passes."""
+    """A value that is right for a parameter is answered, the rest is refused; none of a type that it has not passes."""
     schema = asked.get(f"{asked.base_url}".replace("/v1/", "/openapi.json")).json()["components"]["schemas"]
     name = "ChatRequest" if "chat" in path else "CompletionRequest"
     passed = []

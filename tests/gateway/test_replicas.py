@@ -22,8 +22,10 @@ async def test_one_of_two_is_killed_under_load(built, tmp_path):
         with opened(*names) as url:
             async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as asked:
                 ended = await _streams(asked, first)
-                # Sixteen over two: those of the dead one end with an error, those of the other to their end.
-                assert sorted(ended) == ["length"] * 8 + ["unavailable"] * 8
+                # What the dead one had begun (three places) ends with an error; what waited there is asked again elsewhere.
+                lost = ended.count("unavailable")
+                assert 1 <= lost <= 3
+                assert ended.count("length") == 16 - lost
                 began = time.monotonic()
                 body = {"model": "d2sd", "prompt": "x", "max_tokens": 2}
                 answers = await asyncio.gather(*(asked.post("/completions", json=body) for _ in range(16)))
@@ -38,8 +40,7 @@ async def _streams(asked, victim):
 
     async def read(number):
         nonlocal started
-        body = {"model": "d2sd", "prompt": f"stream {number}", "max_tokens": 400, "stream": True, "seed": number}
-        body |= {"logprobs": None, "stop": None}
+        body = {"model": "d2sd", "prompt": f"stream {number}", "max_tokens": 120, "stream": True, "seed": number}
         async with asked.stream("POST", "/completions", json=body) as response:
             assert response.status_code in (200, 503)
             last = None
@@ -52,7 +53,7 @@ async def _streams(asked, victim):
             return last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"]
 
     reading = [asyncio.create_task(read(number)) for number in range(16)]
-    while started < 5:
+    while started < 6:
         await asyncio.sleep(0.02)
     tree = psutil.Process(victim.process.pid)
     stubs = tree.children(recursive=True)
