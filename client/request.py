@@ -49,6 +49,9 @@ class Options:
         mode: decoding mode instead of the pipeline's.
         parse_special: whether the text of a control token in a text prompt stands for that token.
         chat_template_kwargs: variables of the target's chat template, ``enable_thinking`` or ``tools`` for one.
+        add_generation_prompt: whether the opening of an answer follows a chat (it does if None).
+        continue_final_message: whether a chat's last message is left open instead, and the answer goes on with it.
+        ignore_eos: whether the answer goes on behind a token that would end it.
     """
 
     max_tokens: int | None = None
@@ -61,6 +64,9 @@ class Options:
     mode: str | None = None
     parse_special: bool | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    ignore_eos: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Source: OpenAI's API reference (chat completions, completions), and what vLLM's 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 SEQUENCES = 128  # answers that a request may ask for
@@ -51,6 +51,8 @@ class Request(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[str, Field(max_length=256)] | Annotated[list[StopWord], Field(max_length=32)] | None = None
     n: Annotated[int, Field(ge=1, le=SEQUENCES)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Without effect on an answer.
@@ -93,6 +95,10 @@ class Request(Strict):
     def _streams(self) -> "Request":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: allowed: beside stream: true only")
+        if self.min_tokens and not self.ignore_eos:
+            raise ValueError(
+                f"min_tokens: found {self.min_tokens}, allowed: 0, or any beside ignore_eos, which no end is before"
+            )
         return self
 
 
@@ -102,17 +108,25 @@ class Part(Strict):
 
 
 class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    # For the target's chat template.
+    name: str | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: Text | None = None
     # What an answer of OpenAI's holds too, and comes back with a conversation.
-    name: Any = only()
     refusal: Any = only()
     annotations: Any = only([])
     audio: Any = only()
     function_call: Any = only()
-    tool_calls: Any = only([])
     reasoning: Any = only()
-    reasoning_content: Any = only()
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: missing")
+        return self
 
 
 class ChatRequest(Request):
@@ -132,6 +146,9 @@ class ChatRequest(Request):
     web_search_options: Any = only()
     chat_template: Any = only()
     documents: Any = only()
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: Any = only(False)
     echo: Any = only(False)
     logprobs: Any = only(False)

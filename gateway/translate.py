@@ -40,8 +40,15 @@ def asks(request: Request) -> list[Ask]:
 
 
 def _message(message: ChatMessage) -> Message:
-    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+    content = message.content
+    made: Message = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": "".join(part.text for part in content) if isinstance(content, list) else content,
+    }
+    for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, key)) is not None:
+            made[key] = value
+    return made
 
 
 def _options(request: Request, number: int) -> Options:
@@ -49,9 +56,13 @@ def _options(request: Request, number: int) -> Options:
 
     What a request leaves out is OpenAI's default (temperature 1, top_p 1), but for the length, which the service knows.
     """
-    max_tokens = request.max_tokens
+    max_tokens, chat = request.max_tokens, {}
     if isinstance(request, ChatRequest):
         max_tokens = max_tokens or request.max_completion_tokens
+        for name in ("chat_template_kwargs", "add_generation_prompt", "continue_final_message"):
+            chat[name] = getattr(request, name)
+        if request.continue_final_message and request.add_generation_prompt is None:
+            chat["add_generation_prompt"] = False
     elif max_tokens is None:
         max_tokens = 16
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -63,6 +74,8 @@ def _options(request: Request, number: int) -> Options:
         top_p=request.top_p or 1.0,
         seed=seed,
         stop_words=[word for word in stop if word] or None,
+        ignore_eos=request.ignore_eos,
+        **chat,
     )
 
 

@@ -133,6 +133,33 @@ def test_parts_and_roles(asked):
     assert answers[0].choices[0].message == answers[1].choices[0].message
 
 
+def test_what_a_chat_template_is_told(asked, service):
+    chat = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one, two"}]
+    more = {"continue_final_message": True}
+    answer = asked.chat.completions.create(messages=chat, max_tokens=9, extra_body=more, **COMMON)
+    expected = service.generate("<s>user\ncount</s><s>assistant\none, two", Options(max_tokens=9, parse_special=True))
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.prompt_tokens == expected.input_tokens
+    for more, said in (
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking: unknown"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "found beside add_generation_prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            asked.chat.completions.create(messages=chat, max_tokens=9, extra_body=more, **COMMON)
+
+
+def test_an_answer_that_no_token_ends(asked):
+    def lengths(**more):
+        made = asked.completions.create(model="d2sd", prompt="x", max_tokens=60, n=8, seed=1, temperature=1.5, **more)
+        return made.usage.completion_tokens, {choice.finish_reason for choice in made.choices}
+
+    tokens, reasons = lengths()
+    assert (tokens < 480, "stop" in reasons) == (True, True)
+    assert lengths(extra_body={"ignore_eos": True, "min_tokens": 60}) == (480, {"length"})
+    with pytest.raises(openai.BadRequestError, match="min_tokens: found 60, allowed: 0"):
+        lengths(extra_body={"min_tokens": 60})
+
+
 def test_models(asked):
     assert [model.id for model in asked.models.list()] == ["d2sd"]
     assert asked.models.retrieve("d2sd").owned_by == "d2sd-triton"

@@ -104,6 +104,8 @@ class TritonPythonModel:
         if not -1 <= end_id < self.vocabulary:
             raise ValueError(f"end_id: found {end_id}, allowed: -1 (the target's own) to {self.vocabulary - 1}")
         ends = frozenset(self.end_ids if end_id < 0 else [end_id])
+        if tensors.scalar(request, "ignore_eos", False):
+            ends = frozenset()
         deadline = time.monotonic() + min(_timeout(request), self.limits["deadline"])
         sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline)
         words = tensors.strings(request, "stop_words")

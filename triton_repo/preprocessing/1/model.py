@@ -58,7 +58,9 @@ class TritonPythonModel:
         if arguments and not messages:
             raise ValueError("chat_template_kwargs: found without messages, allowed: beside them")
         if messages:
-            return self.prompts.chat(messages, arguments)
+            opened = bool(tensors.scalar(request, "add_generation_prompt", True))
+            continued = bool(tensors.scalar(request, "continue_final_message", False))
+            return self.prompts.chat(messages, arguments, opened=opened, continued=continued)
         ids = self.prompts.text(text, bool(tensors.scalar(request, "parse_special", False)))
         if not ids:
             raise ValueError("text_input: found an empty prompt, allowed: text, or messages instead")
