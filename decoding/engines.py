@@ -23,12 +23,12 @@ class Sequences(Protocol):
     def room(self, rows: int) -> bool:
         """Whether one more sequence can be opened that will hold up to ``rows`` tokens."""
 
-    def open(self, tokens: list[int], rows: int) -> int:
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         """Begin a sequence and reserve what ``rows`` tokens can need. Returns the number it goes by.
 
         Args:
             tokens: of the sequence, which its owner goes on appending to. An engine that still has the K/V of their
-                beginning, computed for another sequence, starts with it: see ``length``.
+                beginning, computed for another sequence, starts with it: see ``length``. Not if ``fresh``.
         """
 
     def length(self, sequence: int) -> int:
@@ -58,6 +58,19 @@ class Pass(Protocol):
 
         Returns:
             ``[B]`` int64, void where there is no node.
+        """
+
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], Ints, NDArray[np.float64]]:
+        """What the target says of ``[n]`` tokens, each behind its node of one sequence, before any temperature or cut.
+
+        Args:
+            row: the sequence's place in the pass. top: how many of the likeliest tokens to name, T.
+
+        Returns:
+            Natural logarithms of their probabilities ``[n]``, the likeliest tokens ``[n, T]``, best first, and theirs
+            ``[n, T]``, in the host's memory.
         """
 
 

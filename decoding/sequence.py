@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
 
+Score = tuple[float, list[tuple[int, float]]]  # a token's log-probability, and the likeliest tokens with theirs, best first
 Finish = Literal["end", "length", "stop", "timeout", "cancelled"]
 
 
@@ -24,6 +25,9 @@ class Sequence:
         max_tokens: the answer ends when it has as many.
         end_ids: the answer ends with the first of these, which belongs to it.
         deadline: the answer ends when ``time.monotonic()`` is there, with what it has.
+        top: how many of the likeliest tokens are told at each place with the target's log-probabilities; None for none.
+        scores_prompt: whether the prompt's tokens, too, get theirs.
+        scores: of the answer's tokens. prompt_scores: of the prompt's tokens but for the first, which follows nothing.
         computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
         finish: why the answer ended, or None.
@@ -35,10 +39,14 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     mode: ModeName | None = None
     deadline: float = math.inf
+    top: int | None = None
+    scores_prompt: bool = False
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)
     finish: Finish | None = field(init=False, default=None)
+    scores: list[Score] = field(init=False, default_factory=list)
+    prompt_scores: list[Score] = field(init=False, default_factory=list)
     _rng: np.random.Generator = field(init=False)
     _drawn: NDArray[np.float64] = field(init=False)
 
