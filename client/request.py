@@ -51,6 +51,9 @@ class Options:
         chat_template_kwargs: variables of the target's chat template, ``enable_thinking`` or ``tools`` for one.
         add_generation_prompt: whether the opening of an answer follows a chat (it does if None).
         continue_final_message: whether a chat's last message is left open instead, and the answer goes on with it.
+        logprobs: how many of the likeliest tokens are told, at each place of the answer, with the target's log-probabilities,
+            0 for the answer's own alone; None for none.
+        prompt_logprobs: whether they are told at each place of the prompt too.
         ignore_eos: whether the answer goes on behind a token that would end it.
     """
 
@@ -67,6 +70,21 @@ class Options:
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     ignore_eos: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool | None = None
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token, its text, and the logarithm of the probability that the target gives it; None where it follows nothing.
+
+    ``top`` holds the likeliest tokens of its place, best first.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    top: tuple["TokenScore", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,7 @@ class Piece:
         text: the new text. output_tokens: tokens of the answer so far. cycles: target passes so far.
         finish_reason: empty while the answer grows; then end, length, stop or cancelled.
         input_tokens: tokens of the prompt.
+        logprobs: of the new tokens, if they were asked for. prompt_logprobs: of the prompt's, in the first piece.
     """
 
     text: str
@@ -84,6 +103,8 @@ class Piece:
     cycles: int
     finish_reason: str
     input_tokens: int
+    logprobs: tuple[TokenScore, ...] = ()
+    prompt_logprobs: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,9 @@ def join(pieces: Sequence[Piece]) -> Answer:
         raise ServiceError("the service ended the stream without an answer")
     last = pieces[-1]
     return Answer(
-        "".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason, last.input_tokens
+        *("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason, last.input_tokens),
+        logprobs=tuple(score for piece in pieces for score in piece.logprobs),
+        prompt_logprobs=pieces[0].prompt_logprobs,
     )
 
 
@@ -113,6 +136,7 @@ DTYPES = {
     "top_k": np.int32,
     "top_p": np.float32,
     "seed": np.uint64,
+    "num_top_log_probs": np.int32,
     "end_id": np.int32,
 }
 
@@ -130,6 +154,9 @@ def fields_of(prompt: Prompt, options: Options, stream: bool) -> dict[str, Any]:
     else:
         named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
     named |= {field.name: getattr(options, field.name) for field in fields(options)}
+    if (top := named.pop("logprobs")) is not None:
+        named |= {"return_log_probs": True, "num_top_log_probs": top}
+    named["return_prompt_log_probs"] = named.pop("prompt_logprobs")
     if options.chat_template_kwargs is not None:
         named["chat_template_kwargs"] = json.dumps(dict(options.chat_template_kwargs), ensure_ascii=False)
     return {name: value for name, value in named.items() if value is not None}
@@ -171,6 +198,8 @@ def from_tensors(result: Any) -> Piece:
         int(value("cycles")),
         value("finish_reason").decode(),
         int(value("num_input_tokens")),
+        _scores(value("log_probs")),
+        _scores(value("prompt_log_probs")),
     )
 
 
@@ -186,4 +215,14 @@ def from_json(line: str) -> Piece:
         raise ServiceError(f"the service answered with something else than JSON: {line[:200]}") from None
     if "error" in body:
         raise ServiceError(body["error"].removeprefix(ENSEMBLE))
-    return Piece(body["text_output"], body["output_tokens"], body["cycles"], body["finish_reason"], body["num_input_tokens"])
+    text, tokens, prompt = body["text_output"], body["output_tokens"], body["num_input_tokens"]
+    scores = _scores(body["log_probs"]), _scores(body["prompt_log_probs"])
+    return Piece(text, tokens, body["cycles"], body["finish_reason"], prompt, *scores)
+
+
+def _scores(told: str | bytes) -> tuple[TokenScore, ...]:
+    """``[[id, text, log-probability, [[id, text, log-probability], …]], …]`` as JSON, or nothing."""
+    return tuple(
+        TokenScore(token, text, value, tuple(TokenScore(*other) for other in top))
+        for token, text, value, top in json.loads(told or "[]")
+    )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+TOP = 20  # likeliest tokens told at each place, at most
 SEQUENCES = 128  # answers that a request may ask for
 
 
@@ -151,14 +152,16 @@ class ChatRequest(Request):
     continue_final_message: bool | None = None
     add_special_tokens: Any = only(False)
     echo: Any = only(False)
-    logprobs: Any = only(False)
-    top_logprobs: Any = only(0)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
         old, new = self.max_tokens, self.max_completion_tokens
         if None not in (old, new) and old != new:
             raise ValueError(f"max_tokens: found {old} beside max_completion_tokens {new}, allowed: one of the two")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: found {self.top_logprobs}, allowed: beside logprobs: true only")
         return self
 
 
@@ -172,7 +175,7 @@ class CompletionRequest(Request):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=SEQUENCES)]
     )
     echo: bool | None = None
-    logprobs: Any = only()
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
     suffix: Any = only("")
     best_of: Any = only(1)
     add_special_tokens: Any = only(True)
@@ -190,6 +193,4 @@ class CompletionRequest(Request):
         prompts, each = len(self.prompts), self.n or 1
         if prompts * each > SEQUENCES:
             raise ValueError(f"n: found {each} answers to each of {prompts} prompts, allowed: {SEQUENCES} together")
-        if self.echo and not isinstance(self.prompts[0], str):
-            raise ValueError("echo: found true beside token ids, allowed: a prompt of text")
         return self

@@ -4,24 +4,25 @@ import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from client import Message, Options, Piece, ServiceError
+from client import Message, Options, Piece, ServiceError, TokenScore
 from client.request import Prompt
 from gateway.schema import ChatMessage, ChatRequest, CompletionRequest, Request
 
 Json = dict[str, Any]
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character by themselves
 REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One sequence to generate. ``echo`` is shown before its answer."""
+    """One sequence to generate. echo: whether its prompt is shown before its answer."""
 
     prompt: Prompt
     options: Options
-    echo: str = ""
+    echo: bool = False
 
 
 def asks(request: Request) -> list[Ask]:
@@ -34,8 +35,11 @@ def asks(request: Request) -> list[Ask]:
     made = []
     for prompt in prompts:
         for number in range(request.n or 1):
-            echo = prompt if isinstance(prompt, str) and isinstance(request, CompletionRequest) and request.echo else ""
-            made.append(Ask(prompt, _options(request, number), echo))
+            echo = isinstance(request, CompletionRequest) and bool(request.echo)
+            options = _options(request, number)
+            if echo and (options.logprobs is not None or not isinstance(prompt, str)):  # else nobody knows the text of ids
+                options = replace(options, prompt_logprobs=True)
+            made.append(Ask(prompt, options, echo))
     return made
 
 
@@ -56,15 +60,16 @@ def _options(request: Request, number: int) -> Options:
 
     What a request leaves out is OpenAI's default (temperature 1, top_p 1), but for the length, which the service knows.
     """
-    max_tokens, chat = request.max_tokens, {}
+    max_tokens, chat, top = request.max_tokens, {}, None
     if isinstance(request, ChatRequest):
+        top = (request.top_logprobs or 0) if request.logprobs else None
         max_tokens = max_tokens or request.max_completion_tokens
         for name in ("chat_template_kwargs", "add_generation_prompt", "continue_final_message"):
             chat[name] = getattr(request, name)
         if request.continue_final_message and request.add_generation_prompt is None:
             chat["add_generation_prompt"] = False
-    elif max_tokens is None:
-        max_tokens = 16
+    elif isinstance(request, CompletionRequest):
+        max_tokens, top = max_tokens or 16, request.logprobs
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     seed = secrets.randbits(63) if request.seed is None else (request.seed + number) % 2**64
     return Options(
@@ -75,6 +80,7 @@ def _options(request: Request, number: int) -> Options:
         seed=seed,
         stop_words=[word for word in stop if word] or None,
         ignore_eos=request.ignore_eos,
+        logprobs=top,
         **chat,
     )
 
@@ -111,8 +117,9 @@ class Reply:
         self.continuous = bool(options and options.continuous_usage_stats)
         self.tally = Tally(each=request.n or 1)
         self.opened: set[int] = set()
+        self.offsets: dict[int, int] = {}
 
-    def opening(self, ask: Ask) -> Json | None:
+    def opening(self) -> Json | None:
         """What a sequence's stream begins with."""
         raise NotImplementedError
 
@@ -122,6 +129,10 @@ class Reply:
 
     def choice(self, text: str) -> Json:
         """What a whole answer holds."""
+        raise NotImplementedError
+
+    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> Json:
+        """What is told of tokens. offset: characters of the text before them."""
         raise NotImplementedError
 
     def chunks(self, index: int, ask: Ask, piece: Piece) -> list[Json]:
@@ -134,13 +145,22 @@ class Reply:
         made = []
         if index not in self.opened:
             self.opened.add(index)
-            if (opening := self.opening(ask)) is not None:
-                made.append(self._chunk(index, opening, None))
-        if piece.text or (self.continuous and not piece.finish_reason):
-            made.append(self._chunk(index, self.delta(piece.text), None))
+            if (opening := self.opening()) is not None:
+                made.append(self._chunk(index, opening))
+            if ask.echo:
+                made.append(self._chunk(index, self.delta(echoed(ask, piece)), self._told(index, ask, piece.prompt_logprobs)))
+        if piece.text or piece.logprobs or (self.continuous and not piece.finish_reason):
+            made.append(self._chunk(index, self.delta(piece.text), self._told(index, ask, piece.logprobs)))
         if piece.finish_reason:
-            made.append(self._chunk(index, self.delta(""), reason(piece)))
+            made.append(self._chunk(index, self.delta(""), None, reason(piece)))
         return made
+
+    def _told(self, index: int, ask: Ask, scores: Sequence[TokenScore]) -> Json | None:
+        if ask.options.logprobs is None:
+            return None
+        offset = self.offsets.get(index, 0)
+        self.offsets[index] = offset + sum(len(score.text) for score in scores)
+        return self.logprobs(scores, offset)
 
     def closing(self) -> Json | None:
         """The chunk behind the last sequence's end."""
@@ -151,13 +171,14 @@ class Reply:
         choices = []
         for index, (ask, answer) in enumerate(zip(asked, answers, strict=True)):
             self.tally.count(index, answer)
-            choices.append(
-                {"index": index, "logprobs": None, "finish_reason": reason(answer)} | self.choice(ask.echo + answer.text)
-            )
+            text = (echoed(ask, answer) if ask.echo else "") + answer.text
+            scores = (*answer.prompt_logprobs, *answer.logprobs) if ask.echo else answer.logprobs
+            told = self._told(index, ask, scores)
+            choices.append({"index": index, "logprobs": told, "finish_reason": reason(answer)} | self.choice(text))
         return self._envelope(self.kind, choices, self.tally.usage())
 
-    def _chunk(self, index: int, content: Json, finish: str | None) -> Json:
-        choice = {"index": index, "logprobs": None, "finish_reason": finish} | content
+    def _chunk(self, index: int, content: Json, told: Json | None = None, finish: str | None = None) -> Json:
+        choice = {"index": index, "logprobs": told, "finish_reason": finish} | content
         return self._envelope(self.chunk_kind, [choice], self.tally.usage() if self.continuous else None)
 
     def _envelope(self, kind: str, choices: list[Json], usage: Json | None) -> Json:
@@ -168,7 +189,7 @@ class Reply:
 class ChatReply(Reply):
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def opening(self, ask: Ask) -> Json | None:
+    def opening(self) -> Json | None:
         return {"delta": {"role": "assistant", "content": ""}}
 
     def delta(self, text: str) -> Json:
@@ -177,18 +198,51 @@ class ChatReply(Reply):
     def choice(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
+    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> Json:
+        def one(score: TokenScore) -> Json:
+            # Half a character is text to nobody, and its bytes are not known here.
+            whole = REPLACEMENT not in score.text
+            return {"token": score.text, "logprob": score.logprob, "bytes": list(score.text.encode()) if whole else None}
+
+        told = [one(score) | {"top_logprobs": [one(other) for other in score.top]} for score in scores]
+        return {"content": told, "refusal": None}
+
 
 class CompletionReply(Reply):
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def opening(self, ask: Ask) -> Json | None:
-        return self.delta(ask.echo) if ask.echo else None
+    def opening(self) -> Json | None:
+        return None
 
     def delta(self, text: str) -> Json:
         return {"text": text}
 
     def choice(self, text: str) -> Json:
         return {"text": text}
+
+    def logprobs(self, scores: Sequence[TokenScore], offset: int) -> Json:
+        offsets = [offset + sum(len(before.text) for before in scores[:place]) for place in range(len(scores))]
+        return {
+            "tokens": [score.text for score in scores],
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [_by_text(score) for score in scores],
+            "text_offset": offsets,
+        }
+
+
+def _by_text(score: TokenScore) -> dict[str, float | None] | None:
+    """The likeliest tokens by their text, the place's own among them; of two tokens with one text the likelier."""
+    if score.logprob is None:
+        return None
+    made = {score.text: score.logprob}
+    for other in reversed(score.top):
+        made[other.text] = other.logprob or 0.0
+    return dict(made)
+
+
+def echoed(ask: Ask, piece: Piece) -> str:
+    """A prompt as text."""
+    return ask.prompt if isinstance(ask.prompt, str) else "".join(score.text for score in piece.prompt_logprobs)
 
 
 def reason(piece: Piece) -> str:

@@ -1,5 +1,6 @@
 """An answer on its way to its client: tokens come in, text goes out."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from decoding.scheduler import Full
-from decoding.sequence import Finish, Sequence
+from decoding.sequence import Finish, Score, Sequence
 from triton_repo import tensors, text
 from triton_repo.serving_loop import Stopped
 
@@ -32,6 +33,7 @@ class Answer:
     unread: list[int] = field(default_factory=list)  # tokens that are not text yet
     unsent: str = field(default="")  # text that the client does not have yet
     unsent_ids: list[int] = field(default_factory=list)
+    sent: int = field(default=0)  # tokens that the client has
 
     def has_left(self) -> bool:
         return bool(self.sender.is_cancelled())
@@ -55,11 +57,35 @@ class Answer:
             self.unsent_ids += new[: count - before]
             self.unread = []
             if self.stream or finish:
-                prompt = len(self.sequence.prompt)
-                response = _response(self.unsent, self.unsent_ids, count, cycles, prompt, finish_reason=finish or "")
+                response = _response(
+                    *(self.unsent, self.unsent_ids, count, cycles, len(self.sequence.prompt)),
+                    scores=self._scores(self.unsent_ids, self.sequence.scores[self.sent :]),
+                    prompt_scores=self._prompt_scores(),
+                    finish_reason=finish or "",
+                )
+                self.sent += len(self.unsent_ids)
                 self.unsent, self.unsent_ids = "", []
                 self.sender.send(response, flags=FINAL if finish else 0)
         return finish is not None
+
+    def _scores(self, ids: list[int], scores: list[Score]) -> str:
+        """Log-probabilities of tokens as JSON, ``[[id, text, log-probability, [likeliest the same way]], …]``; or nothing."""
+        if self.sequence.top is None:
+            return ""
+        text = self.text.vocabulary.text_of
+        told = [
+            [token, text(token), own, [[other, text(other), value] for other, value in best]]
+            for token, (own, best) in zip(ids, scores, strict=False)
+        ]
+        return json.dumps(told, ensure_ascii=False)
+
+    def _prompt_scores(self) -> str:
+        """The same of the prompt, once; the first of its tokens follows nothing."""
+        if not self.sequence.scores_prompt or self.sent:
+            return ""
+        first, *others = self.sequence.prompt
+        told = json.loads(self._scores(others, self.sequence.prompt_scores))
+        return json.dumps([[first, self.text.vocabulary.text_of(first), None, []], *told], ensure_ascii=False)
 
     def fail(self, error: Exception) -> None:
         refuse(self.sender, error)
@@ -80,7 +106,17 @@ def stopped(sender: Any, count: int) -> None:
     sender.send(_response(finish_reason="cancelled" if count else ""), flags=FINAL)
 
 
-def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, prompt: int = 0, *, finish_reason: str) -> Any:
+def _response(
+    piece: str = "",
+    ids: Any = (),
+    tokens: int = 0,
+    cycles: int = 0,
+    prompt: int = 0,
+    *,
+    scores: str = "",
+    prompt_scores: str = "",
+    finish_reason: str,
+) -> Any:
     return pb_utils.InferenceResponse(
         [
             tensors.texts("text_output", [piece]),
@@ -88,6 +124,8 @@ def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, 
             tensors.output("output_tokens", [tokens], np.int32),
             tensors.output("cycles", [cycles], np.int32),
             tensors.output("num_input_tokens", [prompt], np.int32),
+            tensors.texts("log_probs", [scores]),
+            tensors.texts("prompt_log_probs", [prompt_scores]),
             tensors.texts("finish_reason", [finish_reason]),
         ]
     )

@@ -70,6 +70,8 @@ class Fake:
 
     def __init__(self, address):
         self.address, self.is_ready, self.closed = address, True, False
+        self.go = asyncio.Event()
+        self.go.set()
 
     async def ready(self):
         return self.is_ready
@@ -80,6 +82,7 @@ class Fake:
             if number == after:
                 raise ServiceError(self.address, status)
             await asyncio.sleep(0.01)
+            await self.go.wait()
             yield Piece(self.address, number + 1, number + 1, "length" if number == 2 else "", 1)
 
     async def generate(self, prompt, options, request_id, headers):
@@ -143,21 +146,25 @@ async def test_where_all_fail_the_last_error_is_told(three, monkeypatch):
 
 async def test_one_that_goes_ends_what_it_began_and_gets_nothing_new(three):
     leaving = next(iter(three.known.values()))
+    leaving.client.go.clear()
     running = [asyncio.create_task(ask(three)) for _ in range(3)]
     await asyncio.sleep(0.005)
     leaving.client.is_ready = False
     await three.look()
     assert {await ask(three) for _ in range(4)} == set(three.known) - {leaving.address}
+    leaving.client.go.set()
     assert leaving.address in await asyncio.gather(*running)
 
 
 async def test_one_no_longer_listed_is_closed_when_it_has_ended(three):
     leaving = three.known["127.0.0.3:1"]
+    leaving.client.go.clear()
     running = [asyncio.create_task(ask(three)) for _ in range(3)]
     await asyncio.sleep(0.005)
     three.names = three.names[:2]
     await three.look()
     assert not leaving.client.closed
+    leaving.client.go.set()
     assert leaving.address in await asyncio.gather(*running)
     await three.look()
     assert leaving.client.closed

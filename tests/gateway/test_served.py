@@ -7,6 +7,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 
 from client import Client, Options
 from tests import tiny
@@ -146,6 +147,66 @@ def test_what_a_chat_template_is_told(asked, service):
     ):
         with pytest.raises(openai.BadRequestError, match=said):
             asked.chat.completions.create(messages=chat, max_tokens=9, extra_body=more, **COMMON)
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Log-probabilities of ids by transformers: those of each but the first, over the whole vocabulary."""
+    model = tiny.target()
+
+    def of(ids):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+    return of
+
+
+def test_log_probabilities_are_the_targets(asked, target):
+    """Of a chat's answer, greedy and drawn; streamed they are the same."""
+    ids = tiny.tokenizer()("<s>user\nscore</s><s>assistant\n", add_special_tokens=False)["input_ids"]
+    options = {"model": "d2sd", "messages": [{"role": "user", "content": "score"}], "max_tokens": 12, "seed": 3}
+    options |= {"logprobs": True, "top_logprobs": 5}
+    for temperature in (0, 1):
+        answer = asked.chat.completions.create(**options, temperature=temperature)
+        told = answer.choices[0].logprobs.content
+        assert len(told) == answer.usage.completion_tokens
+        assert answer.usage.prompt_tokens == len(ids)
+        said = list(ids)
+        for score in told:
+            values = target([*said, 0])[-1]
+            best = values.topk(5)
+            assert [one.logprob for one in score.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
+            assert score.top_logprobs[0].token == tiny.tokenizer().decode([int(best.indices[0])])
+            candidates = [one for one in range(300) if tiny.tokenizer().decode([one]) == score.token]
+            own = min(candidates, key=lambda one: abs(values[one].item() - score.logprob))
+            assert score.logprob == pytest.approx(values[own].item(), abs=1e-3)
+            said.append(own)
+        streamed = []
+        for chunk in asked.chat.completions.create(**options, temperature=temperature, stream=True):
+            streamed += (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or []
+        assert streamed == told
+
+
+def test_log_probabilities_of_a_prompt(asked, target):
+    """What lm-eval asks for: token ids, echoed, with one token of an answer; twice, though the second prompt is known then."""
+    ids = tiny.tokenizer()("the quick brown fox jumps over größer 日本語 " * 6)["input_ids"]
+    values = target(ids)
+    expected = [None, *(values[place, token].item() for place, token in enumerate(ids[1:]))]
+    for _ in range(2):
+        answer = asked.completions.create(prompt=[ids], max_tokens=1, logprobs=1, echo=True, **COMMON)
+        told = answer.choices[0].logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == len(ids) + 1
+        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        assert told.token_logprobs[1:-1] == pytest.approx(expected[1:], abs=1e-3)
+        for value, top, place in zip(told.token_logprobs[1:-1], told.top_logprobs[1:-1], values, strict=True):
+            assert max(top.values()) == pytest.approx(place.max().item(), abs=1e-3)
+            assert value <= max(top.values())
+        assert told.text_offset == [sum(map(len, told.tokens[:place])) for place in range(len(told.tokens))]
+        assert answer.choices[0].text.startswith("".join(told.tokens[:-1]))
+    text = "the quick brown"
+    by_text = asked.completions.create(prompt=text, max_tokens=2, logprobs=0, echo=True, **COMMON).choices[0]
+    assert "".join(by_text.logprobs.tokens[:-2]) == text
+    assert by_text.text.startswith(text)
 
 
 def test_an_answer_that_no_token_ends(asked):

@@ -19,7 +19,10 @@ from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
 from triton_repo import tensors, text
 from triton_repo.answer import Answer, refuse, stopped
-from triton_repo.serving_loop import Advanced, ServingLoop, Stop
+from triton_repo.metrics import Metrics, Watch
+from triton_repo.serving_loop import ServingLoop, Stop
+
+TOP = 20  # likeliest tokens that may be asked for
 
 
 class TritonPythonModel:
@@ -48,7 +51,10 @@ class TritonPythonModel:
         self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])
         self._warm_up()
         log = pb_utils.Logger
-        self.loop = ServingLoop(self.scheduler, Metrics().count, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
+        self.metrics = Metrics(pb_utils)
+        self.watch = Watch(self.metrics, self.scheduler)
+        self.loop = ServingLoop(self.scheduler, self.watch.cycle, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
+        self.metrics.start()
         self.loop.start()
 
     def _warm_up(self) -> None:
@@ -107,14 +113,18 @@ class TritonPythonModel:
         if tensors.scalar(request, "ignore_eos", False):
             ends = frozenset()
         deadline = time.monotonic() + min(_timeout(request), self.limits["deadline"])
-        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline)
+        top, scores_prompt = _scoring(request)
+        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline, top, scores_prompt)
         words = tensors.strings(request, "stop_words")
         growing = text.Growing(self.text, text.StopWords(words) if words else None)
         stream = bool(tensors.scalar(request, "stream", False))
-        return Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
+        answer = Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
+        self.watch.arrived(answer)
+        return answer
 
     def finalize(self) -> None:
         self.loop.close()
+        self.metrics.close()
 
 
 def _give_up() -> None:
@@ -134,6 +144,19 @@ def _timeout(request: Any) -> float:
     return given / 1e6 if given else math.inf
 
 
+def _scoring(request: Any) -> tuple[int | None, bool]:
+    """How many of the likeliest tokens are told with log-probabilities, None for no such; and whether those of the prompt are.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    top = tensors.scalar(request, "num_top_log_probs", 0)
+    if not 0 <= top <= TOP:
+        raise ValueError(f"num_top_log_probs: found {top}, allowed: 0 to {TOP}")
+    scores_prompt = bool(tensors.scalar(request, "return_prompt_log_probs", False))
+    return (top if tensors.scalar(request, "return_log_probs", False) or scores_prompt else None), scores_prompt
+
+
 def _sampling(request: Any) -> Sampling:
     """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral."""
     given = {name: tensors.scalar(request, name) for name in ("temperature", "top_k", "top_p", "seed")}
@@ -141,22 +164,3 @@ def _sampling(request: Any) -> Sampling:
     if given.keys() & {"top_k", "top_p"}:
         given.setdefault("temperature", 1.0)
     return Sampling(**given)
-
-
-class Metrics:
-    """Triton metrics: acceptance length is committed tokens over cycles."""
-
-    def __init__(self) -> None:
-        self.tokens = self._counter("d2sd_committed_tokens", "Tokens committed to answers")
-        self.cycles = self._counter("d2sd_cycles", "Target passes spent on answers, one a sequence and cycle")
-
-    def _counter(self, name: str, description: str) -> Any:
-        self.families = [
-            *getattr(self, "families", []),
-            pb_utils.MetricFamily(name, description, pb_utils.MetricFamily.COUNTER),
-        ]
-        return self.families[-1].Metric(labels={"model": "d2sd"})
-
-    def count(self, advanced: Advanced) -> None:
-        self.tokens.increment(sum(len(tokens) for _, tokens in advanced))
-        self.cycles.increment(len(advanced))

@@ -19,7 +19,6 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "min_tokens": 0,
-    "return_log_probs": False,
 }
 
 
