@@ -95,6 +95,7 @@ class Piece:
         text: the new text. output_tokens: tokens of the answer so far. cycles: target passes so far.
         finish_reason: empty while the answer grows; then end, length, stop or cancelled.
         input_tokens: tokens of the prompt.
+        draft_tokens: verified so far. acceptance: how many of the passes so far accepted 0, 1, … of them.
         logprobs: of the new tokens, if they were asked for. prompt_logprobs: of the prompt's, in the first piece.
     """
 
@@ -103,6 +104,8 @@ class Piece:
     cycles: int
     finish_reason: str
     input_tokens: int
+    draft_tokens: int = 0
+    acceptance: tuple[int, ...] = ()
     logprobs: tuple[TokenScore, ...] = ()
     prompt_logprobs: tuple[TokenScore, ...] = ()
 
@@ -124,6 +127,7 @@ def join(pieces: Sequence[Piece]) -> Answer:
     last = pieces[-1]
     return Answer(
         *("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason, last.input_tokens),
+        *(last.draft_tokens, last.acceptance),
         logprobs=tuple(score for piece in pieces for score in piece.logprobs),
         prompt_logprobs=pieces[0].prompt_logprobs,
     )
@@ -198,6 +202,8 @@ def from_tensors(result: Any) -> Piece:
         int(value("cycles")),
         value("finish_reason").decode(),
         int(value("num_input_tokens")),
+        int(value("num_draft_tokens")),
+        tuple(result.as_numpy("acceptance_histogram").reshape(-1).tolist()),
         _scores(value("log_probs")),
         _scores(value("prompt_log_probs")),
     )
@@ -215,9 +221,18 @@ def from_json(line: str) -> Piece:
         raise ServiceError(f"the service answered with something else than JSON: {line[:200]}") from None
     if "error" in body:
         raise ServiceError(body["error"].removeprefix(ENSEMBLE))
-    text, tokens, prompt = body["text_output"], body["output_tokens"], body["num_input_tokens"]
-    scores = _scores(body["log_probs"]), _scores(body["prompt_log_probs"])
-    return Piece(text, tokens, body["cycles"], body["finish_reason"], prompt, *scores)
+    histogram = body["acceptance_histogram"]  # JSON of Triton's writes one number without its list
+    return Piece(
+        text=body["text_output"],
+        output_tokens=body["output_tokens"],
+        cycles=body["cycles"],
+        finish_reason=body["finish_reason"],
+        input_tokens=body["num_input_tokens"],
+        draft_tokens=body["num_draft_tokens"],
+        acceptance=tuple(histogram if isinstance(histogram, list) else [histogram]),
+        logprobs=_scores(body["log_probs"]),
+        prompt_logprobs=_scores(body["prompt_log_probs"]),
+    )
 
 
 def _scores(told: str | bytes) -> tuple[TokenScore, ...]:

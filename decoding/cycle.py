@@ -161,7 +161,7 @@ class Decoder:
             accepted = [node for node in nodes if node >= 0]
             said = tokens[: len(accepted)]
             said = said[: sequence.commit(said)]
-            sequence.cycles += 1
+            sequence.count(tree.counts[b] - 1, len(said))
             walks.append(Walk(sequence, accepted, said, parents, depths, origins, [v / VALUE_ONE for v in value]))
         return walks
 

@@ -30,6 +30,7 @@ class Sequence:
         scores: of the answer's tokens. prompt_scores: of the prompt's tokens but for the first, which follows nothing.
         computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
+        drafted: draft tokens that they verified. accepted: how many of the passes accepted 0, 1, … of them.
         finish: why the answer ended, or None.
     """
 
@@ -44,6 +45,8 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)
+    drafted: int = field(init=False, default=0)
+    accepted: list[int] = field(init=False, default_factory=list)
     finish: Finish | None = field(init=False, default=None)
     scores: list[Score] = field(init=False, default_factory=list)
     prompt_scores: list[Score] = field(init=False, default_factory=list)
@@ -82,6 +85,13 @@ class Sequence:
     def draft_rng(self) -> np.random.Generator:
         """For what a mode draws while drafting. The request's own numbers are for the target's choices alone."""
         return np.random.default_rng((self.sampling.seed, len(self.tokens)))
+
+    def count(self, drafted: int, committed: int) -> None:
+        """Count a pass that verified so many draft tokens and committed so many tokens."""
+        self.cycles += 1
+        self.drafted += drafted
+        self.accepted += [0] * (committed - len(self.accepted))
+        self.accepted[committed - 1] += 1
 
     def commit(self, tokens: Ids[int]) -> int:
         """Append committed tokens, up to the one that ends the answer. Returns how many were appended."""

@@ -102,6 +102,23 @@ class Tally:
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
+def speculation(piece: Piece) -> Json | None:
+    """How well drafts fared in an answer, as vLLM tells it: ``metrics.speculative_decoding`` of a response, which aiperf reads."""
+    steps = sum(piece.acceptance)
+    accepted = sum(count * passes for count, passes in enumerate(piece.acceptance))
+    if not piece.draft_tokens:
+        return None
+    return {
+        "mean_acceptance_length": 1 + accepted / steps,
+        "draft_acceptance_rate": accepted / piece.draft_tokens,
+        "acceptance_histogram": list(piece.acceptance),
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": accepted,
+        "num_draft_tokens": piece.draft_tokens,
+        "num_spec_tokens": len(piece.acceptance) - 1,
+    }
+
+
 class Reply:
     """The responses to one request. What differs between the two endpoints stands in the subclasses."""
 
@@ -164,7 +181,9 @@ class Reply:
 
     def closing(self) -> Json | None:
         """The chunk behind the last sequence's end."""
-        return self._envelope(self.chunk_kind, [], self.tally.usage()) if self.include_usage else None
+        if not self.include_usage:
+            return None
+        return self._envelope(self.chunk_kind, [], self.tally.usage()) | self._metrics()
 
     def whole(self, asked: Sequence[Ask], answers: Sequence[Piece]) -> Json:
         """The response of a request that is not streamed."""
@@ -175,7 +194,12 @@ class Reply:
             scores = (*answer.prompt_logprobs, *answer.logprobs) if ask.echo else answer.logprobs
             told = self._told(index, ask, scores)
             choices.append({"index": index, "logprobs": told, "finish_reason": reason(answer)} | self.choice(text))
-        return self._envelope(self.kind, choices, self.tally.usage())
+        return self._envelope(self.kind, choices, self.tally.usage()) | self._metrics()
+
+    def _metrics(self) -> Json:
+        """Of a single answer: several have no one figure."""
+        told = [speculation(piece) for piece in self.tally.last.values()]
+        return {"metrics": {"speculative_decoding": told[0]}} if len(told) == 1 and told[0] else {}
 
     def _chunk(self, index: int, content: Json, told: Json | None = None, finish: str | None = None) -> Json:
         choice = {"index": index, "logprobs": told, "finish_reason": finish} | content

@@ -34,6 +34,7 @@ class Answer:
     unsent: str = field(default="")  # text that the client does not have yet
     unsent_ids: list[int] = field(default_factory=list)
     sent: int = field(default=0)  # tokens that the client has
+    opened: bool = field(default=False)  # whether it has any response
 
     def has_left(self) -> bool:
         return bool(self.sender.is_cancelled())
@@ -57,13 +58,15 @@ class Answer:
             self.unsent_ids += new[: count - before]
             self.unread = []
             if self.stream or finish:
+                sequence = self.sequence
                 response = _response(
-                    *(self.unsent, self.unsent_ids, count, cycles, len(self.sequence.prompt)),
-                    scores=self._scores(self.unsent_ids, self.sequence.scores[self.sent :]),
-                    prompt_scores=self._prompt_scores(),
+                    *(self.unsent, self.unsent_ids, count, cycles),
+                    *(len(sequence.prompt), sequence.drafted, sequence.accepted),
+                    self._scores(self.unsent_ids, sequence.scores[self.sent :]),
+                    "" if self.opened else self._prompt_scores(),
                     finish_reason=finish or "",
                 )
-                self.sent += len(self.unsent_ids)
+                self.sent, self.opened = self.sent + len(self.unsent_ids), True
                 self.unsent, self.unsent_ids = "", []
                 self.sender.send(response, flags=FINAL if finish else 0)
         return finish is not None
@@ -80,8 +83,8 @@ class Answer:
         return json.dumps(told, ensure_ascii=False)
 
     def _prompt_scores(self) -> str:
-        """The same of the prompt, once; the first of its tokens follows nothing."""
-        if not self.sequence.scores_prompt or self.sent:
+        """The same of the prompt; the first of its tokens follows nothing."""
+        if not self.sequence.scores_prompt:
             return ""
         first, *others = self.sequence.prompt
         told = json.loads(self._scores(others, self.sequence.prompt_scores))
@@ -112,9 +115,11 @@ def _response(
     tokens: int = 0,
     cycles: int = 0,
     prompt: int = 0,
-    *,
+    drafted: int = 0,
+    accepted: Any = (),
     scores: str = "",
     prompt_scores: str = "",
+    *,
     finish_reason: str,
 ) -> Any:
     return pb_utils.InferenceResponse(
@@ -124,6 +129,8 @@ def _response(
             tensors.output("output_tokens", [tokens], np.int32),
             tensors.output("cycles", [cycles], np.int32),
             tensors.output("num_input_tokens", [prompt], np.int32),
+            tensors.output("num_draft_tokens", [drafted], np.int32),
+            tensors.output("acceptance_histogram", list(accepted), np.int32),
             tensors.texts("log_probs", [scores]),
             tensors.texts("prompt_log_probs", [prompt_scores]),
             tensors.texts("finish_reason", [finish_reason]),

@@ -80,6 +80,25 @@ def test_every_chunk_counts_tokens_if_asked(url, service):
     assert counts == sorted(counts)
 
 
+def test_acceptance_is_told_as_vllm_tells_it(url, service):
+    body = {**COMMON, "prompt": "the quick", "max_tokens": 25}
+    expected = service.generate("the quick", Options(max_tokens=25))
+    whole = httpx.post(f"{url}/completions", json=body, timeout=60).json()
+    lines = httpx.post(
+        f"{url}/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}, timeout=60
+    ).text.split("\n\n")
+    streamed = json.loads(lines[-3].removeprefix("data: "))
+    assert streamed["choices"] == []
+    for told in (whole["metrics"]["speculative_decoding"], streamed["metrics"]["speculative_decoding"]):
+        assert told["num_spec_steps"] == sum(told["acceptance_histogram"]) == expected.cycles
+        assert told["num_accepted_draft_tokens"] == expected.output_tokens - expected.cycles
+        assert told["mean_acceptance_length"] == pytest.approx(expected.acceptance_length)
+        assert len(told["acceptance_histogram"]) == told["num_spec_tokens"] + 1
+        assert told["draft_acceptance_rate"] * told["num_draft_tokens"] == pytest.approx(told["num_accepted_draft_tokens"])
+    several = httpx.post(f"{url}/completions", json={**body, "n": 2}, timeout=60).json()
+    assert "metrics" not in several
+
+
 def test_several_prompts_token_ids_and_echo(asked, service):
     ids = tiny.tokenizer()("the quick")["input_ids"]
     expected = service.generate("the quick", Options(max_tokens=10)).text
