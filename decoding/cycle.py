@@ -77,9 +77,9 @@ class Decoder:
 
     def open(self, sequence: Sequence) -> None:
         """Begin a sequence. What an engine still knows of its prompt need not be computed again."""
-        # What is known already was computed without being asked what it says.
-        fresh = {"fresh": True} if sequence.scores_prompt else {}
-        number = self.numbers[sequence] = self.target.open(sequence.tokens, _rows(sequence), **fresh)
+        # What is known of a prompt was computed without being asked what it says.
+        fresh = sequence.scores_prompt
+        number = self.numbers[sequence] = self.target.open(sequence.tokens, _rows(sequence), fresh)
         for follower in self.drafting.followers(sequence):
             follower.open(sequence, _rows(sequence))
         sequence.computed = self.target.length(number)

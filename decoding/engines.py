@@ -23,12 +23,12 @@ class Sequences(Protocol):
     def room(self, rows: int) -> bool:
         """Whether one more sequence can be opened that will hold up to ``rows`` tokens."""
 
-    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+    def open(self, tokens: list[int], rows: int) -> int:
         """Begin a sequence and reserve what ``rows`` tokens can need. Returns the number it goes by.
 
         Args:
             tokens: of the sequence, which its owner goes on appending to. An engine that still has the K/V of their
-                beginning, computed for another sequence, starts with it: see ``length``. Not if ``fresh``.
+                beginning, computed for another sequence, starts with it: see ``length``.
         """
 
     def length(self, sequence: int) -> int:
@@ -78,6 +78,9 @@ class TargetEngine(Sequences, Protocol):
     @property
     def ragged(self) -> bool:
         """Whether a pass costs what its rows cost, padding nothing: pieces of prompts then ride with the trees."""
+
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+        """As of any engine; with ``fresh`` it starts with nothing, whatever is known of its tokens."""
 
     def forward(
         self,

@@ -70,7 +70,7 @@ class DenseEngine(ABC):
     def room(self, rows: int) -> bool:
         return len(self._places) < self.slots
 
-    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+    def open(self, tokens: list[int], rows: int) -> int:
         self._opened += 1
         self._places[self._opened] = (self.cache(1, capacity_for(0), self.allocate), 0)
         return self._opened
@@ -149,7 +149,7 @@ class Sequences:
         self.room, self.length = engine.room, engine.length
         self.send, self.read = engine.send, engine.read
 
-    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+    def open(self, tokens: list[int], rows: int) -> int:
         return self.engine.open(tokens, rows)
 
     def close(self, sequence: int) -> None:

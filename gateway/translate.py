@@ -103,7 +103,7 @@ class Tally:
 
 
 def speculation(piece: Piece) -> Json | None:
-    """How well drafts fared in an answer, as vLLM tells it: ``metrics.speculative_decoding`` of a response, which aiperf reads."""
+    """How drafts fared in an answer, in vLLM's words: ``metrics.speculative_decoding`` of a response, which aiperf reads."""
     steps = sum(piece.acceptance)
     accepted = sum(count * passes for count, passes in enumerate(piece.acceptance))
     if not piece.draft_tokens:
