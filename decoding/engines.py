@@ -79,6 +79,10 @@ class TargetEngine(Sequences, Protocol):
     def ragged(self) -> bool:
         """Whether a pass costs what its rows cost, padding nothing: pieces of prompts then ride with the trees."""
 
+    @property
+    def used(self) -> float:
+        """Part of the memory for K/V that sequences hold, 1 is all."""
+
     def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         """As of any engine; with ``fresh`` it starts with nothing, whatever is known of its tokens."""
 

@@ -134,6 +134,10 @@ class Paged:
         self.graph, self.runtime = graph, graph.runtime
         self.reset()
 
+    @property
+    def used(self) -> float:
+        return 1 - self.pool.available / self.pool.blocks
+
     def room(self, rows: int) -> bool:
         return sequence_blocks(rows) <= self.pool.available
 

@@ -69,6 +69,8 @@ class ReplayTarget:
         """Announce an answer; its sequence must be the next one to be opened behind those announced before."""
         self.waiting.append(Replay(answer, features, record))
 
+    used = 0.0
+
     def room(self, rows: int) -> bool:
         return True
 

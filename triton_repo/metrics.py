@@ -19,6 +19,8 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 COUNTERS = {
     "d2sd:request_success_total": "Requests ended, by reason",
     "d2sd:prompt_tokens_total": "Tokens of prompts",
+    "d2sd:prefix_cache_queries_total": "Tokens of the prompts that were begun",
+    "d2sd:prefix_cache_hits_total": "Those of them whose K/V were known already",
     "d2sd:generation_tokens_total": "Tokens committed to answers",
     "d2sd:cycles_total": "Cycles, each a pass of the target over all running sequences",
     "d2sd:cycle_seconds_total": "Time of the cycles",
@@ -145,6 +147,7 @@ class Watch:
     def __init__(self, metrics: Metrics, scheduler: Scheduler) -> None:
         self._metrics, self._scheduler = metrics, scheduler
         self._open: dict[Sequence, Timed] = {}
+        self._asked, self._known = scheduler.prompt_tokens, scheduler.reused_tokens
 
     def arrived(self, request: Request) -> None:
         self._open[request.sequence] = Timed(request)
@@ -170,6 +173,11 @@ class Watch:
                 metrics.observe("d2sd:e2e_request_latency_seconds", now - timed.arrived)
         metrics.level("d2sd:num_requests_running", sum(not sequence.finish for sequence in self._scheduler.running))
         metrics.level("d2sd:num_requests_waiting", len(self._scheduler.waiting))
+        metrics.level("d2sd:kv_cache_usage_perc", self._scheduler.decoder.target.used)
+        asked, known = self._scheduler.prompt_tokens, self._scheduler.reused_tokens
+        metrics.count("d2sd:prefix_cache_queries_total", asked - self._asked)
+        metrics.count("d2sd:prefix_cache_hits_total", known - self._known)
+        self._asked, self._known = asked, known
 
     def _count(self, committed: list[int], seconds: float) -> None:
         """committed: tokens of each sequence, the target's own included."""

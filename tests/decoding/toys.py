@@ -36,6 +36,10 @@ class ToySequences:
         self.known: list[list[int]] = []
         self.opened = 0
 
+    @property
+    def used(self) -> float:
+        return len(self.caches) / self.slots
+
     def room(self, rows: int) -> bool:
         return len(self.caches) < self.slots
 

@@ -60,7 +60,8 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def scheduler():
-    return SimpleNamespace(running=[], waiting=[], decoder=SimpleNamespace(verified=0))
+    decoder = SimpleNamespace(verified=0, target=SimpleNamespace(used=0.25))
+    return SimpleNamespace(running=[], waiting=[], decoder=decoder, prompt_tokens=100, reused_tokens=50)
 
 
 def request(length=4):
@@ -76,7 +77,7 @@ def test_two_requests(clock, scheduler):
     watch.arrived(second)
     scheduler.running, scheduler.waiting = [first.sequence], [second.sequence]
     clock.value += 1.5  # a second of waiting, half a second of a cycle
-    scheduler.decoder.verified = 8
+    scheduler.decoder.verified, scheduler.prompt_tokens, scheduler.reused_tokens = 8, 104, 52
     watch.cycle([(first.sequence, [5, 6, 7])], 0.5)
     assert not backend.messages
     gathered.flush()
@@ -95,6 +96,9 @@ def test_two_requests(clock, scheduler):
     expected = {
         ("d2sd:generation_tokens_total",): 7,
         ("d2sd:prompt_tokens_total",): 10,
+        ("d2sd:prefix_cache_queries_total",): 4,
+        ("d2sd:prefix_cache_hits_total",): 2,
+        ("d2sd:kv_cache_usage_perc",): 0.25,
         ("d2sd:cycles_total",): 3,
         ("d2sd:cycle_seconds_total",): 1.5,
         ("d2sd:spec_decode_num_drafts_total",): 4,
