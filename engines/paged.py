@@ -301,7 +301,7 @@ class PagedDrafter(Paged):
         blocks = block_ids.reshape(1, -1) if n else np.full((1, 1), self.mask_id)
         committed = [one.length + np.arange(m) for one, m in zip(held, new, strict=True)]
         at = np.concatenate(
-            [*(committed if sum(new) else [np.zeros(1, np.int64)]), positions.reshape(-1) if n else np.zeros(1)]
+            [*(committed if sum(new) else [np.zeros(1, np.int64)]), positions.reshape(-1) if n else np.zeros(1, np.int64)]
         )
         key, query, out = [], [], []
         begin = 0

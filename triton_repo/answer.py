@@ -1,6 +1,7 @@
 """An answer on its way to its client: tokens come in, text goes out."""
 
 import json
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,13 @@ class Answer:
     unsent_ids: list[int] = field(default_factory=list)
     sent: int = field(default=0)  # tokens that the client has
     opened: bool = field(default=False)  # whether it has any response
+    # Behind the last response Triton forgets the sender: asked then whether its client has left, the server dies.
+    _ended: bool = field(init=False, default=False)
+    _sending: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def has_left(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        with self._sending:
+            return not self._ended and bool(self.sender.is_cancelled())
 
     def respond(self, tokens: list[int], cycles: int, finish: Finish | None) -> bool:
         """Send what there is beyond the last response, if it is streamed or ended; a stop word ends it.
@@ -68,7 +73,9 @@ class Answer:
                 )
                 self.sent, self.opened = self.sent + len(self.unsent_ids), True
                 self.unsent, self.unsent_ids = "", []
-                self.sender.send(response, flags=FINAL if finish else 0)
+                with self._sending:
+                    self._ended = finish is not None
+                    self.sender.send(response, flags=FINAL if finish else 0)
         return finish is not None
 
     def _scores(self, ids: list[int], scores: list[Score]) -> str:
@@ -91,7 +98,9 @@ class Answer:
         return json.dumps([[first, self.text.vocabulary.text_of(first), None, []], *told], ensure_ascii=False)
 
     def fail(self, error: Exception) -> None:
-        refuse(self.sender, error)
+        with self._sending:
+            self._ended = True
+            refuse(self.sender, error)
 
 
 def refuse(sender: Any, error: Exception) -> None:
