@@ -12,7 +12,7 @@ from pathlib import Path
 
 from export.build import ROOT
 
-PACKAGES = {"lm-eval": "lm-eval[api]==0.4.13", "aiperf": "aiperf==0.13.0", "guidellm": "guidellm==0.8.1"}
+PACKAGES = {"lm-eval": "lm-eval[api]==0.4.13 transformers", "aiperf": "aiperf==0.13.0", "guidellm": "guidellm==0.8.1"}
 CHOICE = """\
 task: d2sd_choice
 dataset_path: json
@@ -52,7 +52,7 @@ def environment(folder: Path, tool: str) -> Path:
     if not stamp.exists() or stamp.read_text() != PACKAGES[tool]:
         print(f"{tool}: installing", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder / tool], check=True)
-        subprocess.run([place / "python", "-m", "pip", "install", "--quiet", PACKAGES[tool]], check=True)
+        subprocess.run([place / "python", "-m", "pip", "install", "--quiet", *PACKAGES[tool].split()], check=True)
         stamp.write_text(PACKAGES[tool])
     return place
 
@@ -115,8 +115,10 @@ def main() -> int:
         place = environment(folder, tool)
         for program, *options in commands(tool, folder, args.url, args.model, args.tokenizer.resolve()):
             print(f"$ {program} {' '.join(options)}", flush=True)
-            offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PATH": f"{place}:/usr/bin:/bin", "HOME": str(folder)}
-            status = subprocess.run([place / program, *options], env=offline, check=False).returncode
+            own = {"PATH": f"{place}:/usr/bin:/bin", "HOME": str(folder)}
+            # aiperf takes a folder for the name of a repository if it is told that there is no hub.
+            own |= {} if tool == "aiperf" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+            status = subprocess.run([place / program, *options], env=own, check=False).returncode
             failed += [tool] if status else []
     print(f"failed: {', '.join(failed)}" if failed else "all ran")
     return bool(failed)
