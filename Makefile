@@ -1,4 +1,5 @@
-# make demo: from a fresh machine to a streamed answer. make test: the suite. Both set up .venv themselves.
+# make demo: from a fresh machine to a streamed answer. make serve: the demo's pipeline behind OpenAI's interface.
+# make test: the suite. All of them set up .venv themselves.
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -11,16 +12,25 @@ TRAINING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 # Two files of tests at a time, PyTorch with a thread for each.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo serve test test-all deploy-check lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python benchmarks/demo.py pipeline.yaml --output build
+
+serve: $(VENV)/demo.stamp
+	$(VENV)/bin/python export/build.py pipeline.yaml --output build
+	@$(VENV)/bin/python -m gateway & gateway=$$!; trap 'kill $$gateway 2>/dev/null' EXIT; \
+		$(VENV)/bin/python triton_repo/serve.py build
 
 test: $(VENV)/test.stamp lint
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/test.stamp lint
 	$(PYTEST) -m "not gpu"
+
+# What the cluster, Prometheus and Grafana are given, without any of them.
+deploy-check: $(VENV)/test.stamp
+	$(PYTEST) tests/deploy
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -33,13 +43,16 @@ $(VENV)/bin/python:
 
 $(VENV)/demo.stamp: pyproject.toml Makefile | $(VENV)/bin/python
 	@echo "installing into $(VENV); the first time this takes some minutes"
-	$(PIP) -e ".[cpu,export]"
+	$(PIP) -e ".[cpu,export,gateway]"
 	@test -n "$$(command -v tritonserver)" || test -d $(VENV)/tritonserver || $(PIP) --no-deps --target $(VENV)/tritonserver $(TRITON)
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@echo "installing what the tests need"
 	$(PIP) -e ".[cpu,export,train,dev]"
+	@test -n "$$(command -v promtool)" || ! command -v apt-get >/dev/null || { cd $(VENV) && apt-get download -qq prometheus && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 -C bin ./usr/bin/promtool && rm prometheus_*.deb; } || \
+		echo "without promtool Prometheus's rules are not checked"
 	@touch $@
 
 clean:

@@ -2,10 +2,12 @@
 
 import queue
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
+import grpc
 import httpx
 import tritonclient.grpc
 import tritonclient.grpc.aio
@@ -19,6 +21,7 @@ from client.request import (
     Message,
     Options,
     Piece,
+    Prompt,
     ServiceError,
     fields_of,
     from_json,
@@ -30,10 +33,13 @@ from client.request import (
 __all__ = ["Answer", "AsyncClient", "Client", "Message", "Options", "Piece", "ServiceError"]
 
 Protocol = Literal["grpc", "http"]
-Prompt = str | Sequence[Message]
 USUAL = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 DEFAULTS = Options()
 LEAVING = 5.0  # seconds for a service to hear that it has been left
+Headers = Mapping[str, str]
+NONE: Headers = {}
+# A service that comes back is found again within a second.
+CHANNEL = [("grpc.max_reconnect_backoff_ms", 1000), ("grpc.max_receive_message_length", -1)]
 
 
 class Client:
@@ -114,7 +120,8 @@ class Client:
 class AsyncClient:
     """An asynchronous client, with the arguments, methods and errors of ``Client``.
 
-    One client serves many requests at once; as a context manager it closes its connection.
+    One client serves many requests at once; as a context manager it closes its connection. A request may carry an id, which
+    the server's own log and traces show, and headers (``traceparent`` for one), which reach it as they are.
     """
 
     def __init__(self, address: str | None = None, protocol: Protocol = "grpc", timeout: float = 300.0) -> None:
@@ -122,13 +129,27 @@ class AsyncClient:
         self._grpc: Any = None
         self._http: httpx.AsyncClient | None = None
 
-    async def generate(self, prompt: Prompt, options: Options = DEFAULTS) -> Answer:
-        """Return the whole answer to a text, or to chat messages."""
-        return join([piece async for piece in self._responses(prompt, options, stream=False)])
+    async def generate(
+        self, prompt: Prompt, options: Options = DEFAULTS, request_id: str = "", headers: Headers = NONE
+    ) -> Answer:
+        """Return the whole answer to a text, to chat messages or to token ids."""
+        return join([piece async for piece in self._responses(prompt, options, False, request_id, headers)])
 
-    def stream(self, prompt: Prompt, options: Options = DEFAULTS) -> AsyncIterator[Piece]:
+    def stream(
+        self, prompt: Prompt, options: Options = DEFAULTS, request_id: str = "", headers: Headers = NONE
+    ) -> AsyncGenerator[Piece, None]:
         """Yield the answer piece by piece, as it is committed."""
-        return self._responses(prompt, options, stream=True)
+        return self._responses(prompt, options, True, request_id, headers)
+
+    async def ready(self, timeout: float = 2.0) -> bool:
+        """Whether the service takes requests; False too if it says nothing for ``timeout`` seconds."""
+        try:
+            if self.protocol == "grpc":
+                return bool(await self._stub().is_server_ready(client_timeout=timeout))
+            answer = await self._session().get(f"http://{self.address}/v2/health/ready", timeout=timeout)
+            return answer.status_code == httpx.codes.OK
+        except (InferenceServerException, httpx.HTTPError):
+            return False
 
     async def close(self) -> None:
         if self._grpc is not None:
@@ -144,17 +165,32 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _responses(self, prompt: Prompt, options: Options, stream: bool) -> AsyncIterator[Piece]:
+    def _responses(
+        self, prompt: Prompt, options: Options, stream: bool, request_id: str, headers: Headers
+    ) -> AsyncGenerator[Piece, None]:
         named = fields_of(prompt, options, stream)
-        return self._over_grpc(named) if self.protocol == "grpc" else self._over_http(named)
+        if self.protocol == "grpc":
+            return self._over_grpc(named, request_id, headers)
+        return self._over_http(named | ({"id": request_id} if request_id else {}), headers)
 
-    async def _over_grpc(self, named: dict[str, Any]) -> AsyncIterator[Piece]:
-        module = tritonclient.grpc.aio
-        self._grpc = self._grpc or module.InferenceServerClient(self.address)
+    def _stub(self) -> Any:
+        self._grpc = self._grpc or tritonclient.grpc.aio.InferenceServerClient(self.address, channel_args=CHANNEL)
+        return self._grpc
 
-        request_id, ended = uuid.uuid4().hex, False
-        request = {"inputs": to_tensors(named, module), "request_id": request_id, "enable_empty_final_response": True}
-        responses = self._grpc.stream_infer(_one({"model_name": MODEL, **request}), stream_timeout=self.timeout)
+    def _session(self) -> httpx.AsyncClient:
+        self._http = self._http or httpx.AsyncClient(timeout=self.timeout)
+        return self._http
+
+    async def _over_grpc(self, named: dict[str, Any], request_id: str, headers: Headers) -> AsyncGenerator[Piece, None]:
+        inputs = to_tensors(named, tritonclient.grpc.aio)
+
+        # Of its own, whoever else asks under the same name: what is told to stop is this one.
+        request_id, ended = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-"), False
+        request = {"inputs": inputs, "request_id": request_id, "enable_empty_final_response": True}
+        # So that an error has a status: https://docs.nvidia.com/deeplearning/triton-inference-server, gRPC status codes.
+        headers = {**headers, "triton_grpc_error": "true"}
+        asked = _one({"model_name": MODEL, **request})
+        responses = self._stub().stream_infer(asked, stream_timeout=self.timeout, headers=headers)
         try:
             async for result, error in responses:
                 if error is not None:
@@ -164,21 +200,23 @@ class AsyncClient:
                 ended = ended or response.parameters["triton_final_response"].bool_param
                 if response.outputs:
                     yield from_tensors(result)
-        except InferenceServerException as error:
+        except grpc.aio.AioRpcError as error:
             ended = True
-            raise ServiceError(f"{self.address}: {_message(error)}") from None
+            status, message = error.code().name, str(error.details()).removeprefix(ENSEMBLE)
+            raise ServiceError(f"{self.address}: {message}" if status == "UNAVAILABLE" else message, status) from None
         finally:  # as in ``Client``
             if not ended:
                 responses.cancel()
-                stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, module), "request_id": request_id}
-                async for _ in self._grpc.stream_infer(_one(stop), stream_timeout=LEAVING):
-                    pass
+                stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, tritonclient.grpc.aio)}
+                told = self._stub().stream_infer(_one({**stop, "request_id": request_id}), stream_timeout=LEAVING)
+                with suppress(grpc.aio.AioRpcError):
+                    async for _ in told:
+                        pass
 
-    async def _over_http(self, named: dict[str, Any]) -> AsyncIterator[Piece]:
-        self._http = self._http or httpx.AsyncClient(timeout=self.timeout)
+    async def _over_http(self, named: dict[str, Any], headers: Headers) -> AsyncGenerator[Piece, None]:
         url = f"http://{self.address}/v2/models/{MODEL}/generate{'_stream' if named['stream'] else ''}"
         try:
-            async with self._http.stream("POST", url, json=named) as response:
+            async with self._session().stream("POST", url, json=named, headers=dict(headers)) as response:
                 if not named["stream"] or response.status_code != httpx.codes.OK:
                     yield from_json((await response.aread()).decode().removeprefix("data: "))
                     return
@@ -186,7 +224,7 @@ class AsyncClient:
                     if line.startswith("data: "):
                         yield from_json(line.removeprefix("data: "))
         except httpx.HTTPError as error:
-            raise ServiceError(f"{self.address}: {error}") from None
+            raise ServiceError(f"{self.address}: {error}", "UNAVAILABLE") from None
 
 
 async def _one(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

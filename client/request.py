@@ -13,7 +13,16 @@ ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of it
 
 
 class ServiceError(RuntimeError):
-    """The service refused a request or could not be reached; the message is its own."""
+    """The service refused a request or could not be reached; the message is its own.
+
+    Attributes:
+        status: the name of a gRPC status: INVALID_ARGUMENT for a request at fault, UNAVAILABLE for a service that is not
+            there or takes nothing now.
+    """
+
+    def __init__(self, message: str, status: str = "UNKNOWN") -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Message(TypedDict, total=False):
@@ -40,6 +49,12 @@ class Options:
         mode: decoding mode instead of the pipeline's.
         parse_special: whether the text of a control token in a text prompt stands for that token.
         chat_template_kwargs: variables of the target's chat template, ``enable_thinking`` or ``tools`` for one.
+        add_generation_prompt: whether the opening of an answer follows a chat (it does if None).
+        continue_final_message: whether a chat's last message is left open instead, and the answer goes on with it.
+        logprobs: how many of the likeliest tokens are told, at each place of the answer, with the target's log-probabilities,
+            0 for the answer's own alone; None for none.
+        prompt_logprobs: whether they are told at each place of the prompt too.
+        ignore_eos: whether the answer goes on behind a token that would end it.
     """
 
     max_tokens: int | None = None
@@ -52,6 +67,24 @@ class Options:
     mode: str | None = None
     parse_special: bool | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool | None = None
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token, its text, and the logarithm of the probability that the target gives it; None where it follows nothing.
+
+    ``top`` holds the likeliest tokens of its place, best first.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    top: tuple["TokenScore", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,12 +94,20 @@ class Piece:
     Attributes:
         text: the new text. output_tokens: tokens of the answer so far. cycles: target passes so far.
         finish_reason: empty while the answer grows; then end, length, stop or cancelled.
+        input_tokens: tokens of the prompt.
+        draft_tokens: verified so far. acceptance: how many of the passes so far accepted 0, 1, … of them.
+        logprobs: of the new tokens, if they were asked for. prompt_logprobs: of the prompt's, in the first piece.
     """
 
     text: str
     output_tokens: int
     cycles: int
     finish_reason: str
+    input_tokens: int
+    draft_tokens: int = 0
+    acceptance: tuple[int, ...] = ()
+    logprobs: tuple[TokenScore, ...] = ()
+    prompt_logprobs: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,27 +125,42 @@ def join(pieces: Sequence[Piece]) -> Answer:
     if not pieces:
         raise ServiceError("the service ended the stream without an answer")
     last = pieces[-1]
-    return Answer("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason)
+    return Answer(
+        *("".join(piece.text for piece in pieces), last.output_tokens, last.cycles, last.finish_reason, last.input_tokens),
+        *(last.draft_tokens, last.acceptance),
+        logprobs=tuple(score for piece in pieces for score in piece.logprobs),
+        prompt_logprobs=pieces[0].prompt_logprobs,
+    )
 
 
 DTYPES = {
+    "prompt_ids": np.int32,
     "max_tokens": np.int32,
     "temperature": np.float32,
     "top_k": np.int32,
     "top_p": np.float32,
     "seed": np.uint64,
+    "num_top_log_probs": np.int32,
     "end_id": np.int32,
 }
 
 
-def fields_of(prompt: str | Sequence[Message], options: Options, stream: bool) -> dict[str, Any]:
-    """The inputs that a request names: ``text_input`` for text, ``messages`` for a chat."""
+Prompt = str | Sequence[Message] | Sequence[int]  # text, a chat, or token ids
+
+
+def fields_of(prompt: Prompt, options: Options, stream: bool) -> dict[str, Any]:
+    """The inputs that a request names: ``text_input`` for text, ``prompt_ids`` for token ids, ``messages`` for a chat."""
     named: dict[str, Any] = {"stream": stream}
     if isinstance(prompt, str):
         named["text_input"] = prompt
+    elif prompt and isinstance(prompt[0], int):
+        named["prompt_ids"] = list(prompt)
     else:
         named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
     named |= {field.name: getattr(options, field.name) for field in fields(options)}
+    if (top := named.pop("logprobs")) is not None:
+        named |= {"return_log_probs": True, "num_top_log_probs": top}
+    named["return_prompt_log_probs"] = named.pop("prompt_logprobs")
     if options.chat_template_kwargs is not None:
         named["chat_template_kwargs"] = json.dumps(dict(options.chat_template_kwargs), ensure_ascii=False)
     return {name: value for name, value in named.items() if value is not None}
@@ -122,7 +178,7 @@ def to_tensors(named: Mapping[str, Any], module: Any) -> list[Any]:
             array = np.array([[value]])
         elif name in DTYPES:
             try:
-                array = np.array([[value]], dtype=DTYPES[name])
+                array = np.array([value if isinstance(value, list) else [value]], dtype=DTYPES[name])
             except OverflowError:
                 raise ValueError(f"{name}: found {value}, which does not fit {DTYPES[name].__name__}") from None
         else:
@@ -145,6 +201,11 @@ def from_tensors(result: Any) -> Piece:
         int(value("output_tokens")),
         int(value("cycles")),
         value("finish_reason").decode(),
+        int(value("num_input_tokens")),
+        int(value("num_draft_tokens")),
+        tuple(result.as_numpy("acceptance_histogram").reshape(-1).tolist()),
+        _scores(value("log_probs")),
+        _scores(value("prompt_log_probs")),
     )
 
 
@@ -160,4 +221,23 @@ def from_json(line: str) -> Piece:
         raise ServiceError(f"the service answered with something else than JSON: {line[:200]}") from None
     if "error" in body:
         raise ServiceError(body["error"].removeprefix(ENSEMBLE))
-    return Piece(body["text_output"], body["output_tokens"], body["cycles"], body["finish_reason"])
+    histogram = body["acceptance_histogram"]  # JSON of Triton's writes one number without its list
+    return Piece(
+        text=body["text_output"],
+        output_tokens=body["output_tokens"],
+        cycles=body["cycles"],
+        finish_reason=body["finish_reason"],
+        input_tokens=body["num_input_tokens"],
+        draft_tokens=body["num_draft_tokens"],
+        acceptance=tuple(histogram if isinstance(histogram, list) else [histogram]),
+        logprobs=_scores(body["log_probs"]),
+        prompt_logprobs=_scores(body["prompt_log_probs"]),
+    )
+
+
+def _scores(told: str | bytes) -> tuple[TokenScore, ...]:
+    """``[[id, text, log-probability, [[id, text, log-probability], …]], …]`` as JSON, or nothing."""
+    return tuple(
+        TokenScore(token, text, value, tuple(TokenScore(*other) for other in top))
+        for token, text, value, top in json.loads(told or "[]")
+    )

@@ -19,7 +19,7 @@ from decoding.follower import Follower
 from decoding.modes import ModeName, Redraft, Selection
 from decoding.prefix_tree import PrefixTree
 from decoding.sampling import Sampling
-from decoding.sequence import Sequence
+from decoding.sequence import Score, Sequence
 
 VALUE_ONE = 2.0**32  # probabilities are read as integers, with all else
 Piece = tuple[Sequence, int]  # so many more tokens of a prompt
@@ -77,7 +77,9 @@ class Decoder:
 
     def open(self, sequence: Sequence) -> None:
         """Begin a sequence. What an engine still knows of its prompt need not be computed again."""
-        number = self.numbers[sequence] = self.target.open(sequence.tokens, _rows(sequence))
+        # What is known of a prompt was computed without being asked what it says.
+        fresh = sequence.scores_prompt
+        number = self.numbers[sequence] = self.target.open(sequence.tokens, _rows(sequence), fresh)
         for follower in self.drafting.followers(sequence):
             follower.open(sequence, _rows(sequence))
         sequence.computed = self.target.length(number)
@@ -103,18 +105,22 @@ class Decoder:
         Returns:
             The tokens committed to each of ``sequences``.
         """
+        pieces = sorted(pieces, key=lambda piece: not piece[0].scores_prompt)
+        silent = sum(not s.scores_prompt for s, _ in pieces)
         if pieces and not (sequences and self.target.ragged):
-            self.run([s for s, _ in pieces], self._chains(pieces), len(pieces))
+            self._score_prompts(pieces, self.run([s for s, _ in pieces], self._chains(pieces), silent), 0)
             self.keep([s for s, _ in pieces], [range(count) for _, count in pieces])
-            pieces = ()
+            pieces, silent = [], 0
         if not sequences:
             return []
         others, context = sum(count for _, count in pieces), sum(s.computed for s, _ in pieces)
         tree = self.drafting.trees(sequences, others, context)
         self.verified = sum(tree.counts)
         rows = [*sequences, *(s for s, _ in pieces)]
-        verified = self.run(rows, [tree, *self._chains(pieces)], len(pieces))
+        verified = self.run(rows, [tree, *self._chains(pieces)], silent)
         self.walks = self.walk(sequences, tree, verified, len(pieces))
+        self._score(self.walks, verified)
+        self._score_prompts(pieces, verified, len(sequences))
         kept = [walk.accepted[: len(walk.said)] for walk in self.walks]
         self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
         self.drafting.learn(self.walks)
@@ -122,7 +128,7 @@ class Decoder:
 
     def run(self, sequences: Many[Sequence], trees: Many[PrefixTree], silent: int) -> Pass:
         """One target pass over the nodes of all trees; each follows what is in its sequence's cache. silent: how many of the
-        last ones are pieces of prompts, of which nothing will be chosen."""
+        last ones are pieces of prompts, of which nothing will be asked."""
         tree = prefix_tree.stack(trees)
         starts = self.target.send(np.array([s.computed for s in sequences], dtype=np.int64))
         numbers = [self.numbers[s] for s in sequences]
@@ -155,7 +161,7 @@ class Decoder:
             accepted = [node for node in nodes if node >= 0]
             said = tokens[: len(accepted)]
             said = said[: sequence.commit(said)]
-            sequence.cycles += 1
+            sequence.count(tree.counts[b] - 1, len(said))
             walks.append(Walk(sequence, accepted, said, parents, depths, origins, [v / VALUE_ONE for v in value]))
         return walks
 
@@ -165,6 +171,20 @@ class Decoder:
         for sequence in sequences:
             sequence.computed = self.target.length(self.numbers[sequence])
 
+    def _score(self, walks: Many[Walk], verified: Pass) -> None:
+        """Note what the target says of the tokens that were committed."""
+        for row, walk in enumerate(walks):
+            if walk.sequence.top is not None:
+                nodes = walk.accepted[: len(walk.said)]
+                walk.sequence.scores += _scores(verified, row, nodes, walk.said, walk.sequence.top)
+
+    def _score_prompts(self, pieces: Many[Piece], verified: Pass, first: int) -> None:
+        """Note what the target says of the tokens behind those of pieces. first: the first piece's place in the pass."""
+        for row, (sequence, count) in enumerate(pieces, first):
+            if sequence.scores_prompt:
+                following = sequence.tokens[sequence.computed + 1 : sequence.computed + 1 + count]
+                sequence.prompt_scores += _scores(verified, row, range(count), following, sequence.top or 0)
+
     def _ran(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
         """Tell what a call took. On a device nobody knows when it comes back."""
         if self.costs and self.host:
@@ -173,6 +193,14 @@ class Decoder:
     def _chains(self, pieces: Many[Piece]) -> list[PrefixTree]:
         chains = [prefix_tree.chain(s.tokens[s.computed : s.computed + count]) for s, count in pieces]
         return [c.mapped(self.target.send) for c in chains]
+
+
+def _scores(verified: Pass, row: int, nodes: Many[int], tokens: Many[int], top: int) -> list[Score]:
+    own, best, theirs = verified.log_probabilities(row, nodes, tokens, top)
+    return [
+        (one, list(zip(ids, values, strict=True)))
+        for one, ids, values in zip(own.tolist(), best.tolist(), theirs.tolist(), strict=True)
+    ]
 
 
 def _rows(sequence: Sequence) -> int:

@@ -60,11 +60,31 @@ class Pass(Protocol):
             ``[B]`` int64, void where there is no node.
         """
 
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], Ints, NDArray[np.float64]]:
+        """What the target says of ``[n]`` tokens, each behind its node of one sequence, before any temperature or cut.
+
+        Args:
+            row: the sequence's place in the pass. top: how many of the likeliest tokens to name, T.
+
+        Returns:
+            Natural logarithms of their probabilities ``[n]``, the likeliest tokens ``[n, T]``, best first, and theirs
+            ``[n, T]``, in the host's memory.
+        """
+
 
 class TargetEngine(Sequences, Protocol):
     @property
     def ragged(self) -> bool:
         """Whether a pass costs what its rows cost, padding nothing: pieces of prompts then ride with the trees."""
+
+    @property
+    def used(self) -> float:
+        """Part of the memory for K/V that sequences hold, 1 is all."""
+
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+        """As of any engine; with ``fresh`` it starts with nothing, whatever is known of its tokens."""
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
 
+Score = tuple[float, list[tuple[int, float]]]  # a token's log-probability, and the likeliest tokens with theirs, best first
 Finish = Literal["end", "length", "stop", "timeout", "cancelled"]
 
 
@@ -24,8 +25,12 @@ class Sequence:
         max_tokens: the answer ends when it has as many.
         end_ids: the answer ends with the first of these, which belongs to it.
         deadline: the answer ends when ``time.monotonic()`` is there, with what it has.
+        top: how many of the likeliest tokens are told at each place with the target's log-probabilities; None for none.
+        scores_prompt: whether the prompt's tokens, too, get theirs.
+        scores: of the answer's tokens. prompt_scores: of the prompt's tokens but for the first, which follows nothing.
         computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
+        drafted: draft tokens that they verified. accepted: how many of the passes accepted 0, 1, … of them.
         finish: why the answer ended, or None.
     """
 
@@ -35,10 +40,16 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     mode: ModeName | None = None
     deadline: float = math.inf
+    top: int | None = None
+    scores_prompt: bool = False
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)
+    drafted: int = field(init=False, default=0)
+    accepted: list[int] = field(init=False, default_factory=list)
     finish: Finish | None = field(init=False, default=None)
+    scores: list[Score] = field(init=False, default_factory=list)
+    prompt_scores: list[Score] = field(init=False, default_factory=list)
     _rng: np.random.Generator = field(init=False)
     _drawn: NDArray[np.float64] = field(init=False)
 
@@ -74,6 +85,13 @@ class Sequence:
     def draft_rng(self) -> np.random.Generator:
         """For what a mode draws while drafting. The request's own numbers are for the target's choices alone."""
         return np.random.default_rng((self.sampling.seed, len(self.tokens)))
+
+    def count(self, drafted: int, committed: int) -> None:
+        """Count a pass that verified so many draft tokens and committed so many tokens."""
+        self.cycles += 1
+        self.drafted += drafted
+        self.accepted += [0] * (committed - len(self.accepted))
+        self.accepted[committed - 1] += 1
 
     def commit(self, tokens: Ids[int]) -> int:
         """Append committed tokens, up to the one that ends the answer. Returns how many were appended."""

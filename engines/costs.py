@@ -165,8 +165,8 @@ class _TargetCalls:
         positions = self.engine.send(starts[:, None] + np.arange(n))
         mask = self.engine.send(np.broadcast_to(np.tri(n, dtype=bool), (batch, n, n)).copy())
         made = self.engine.forward(sequences, ids, positions, mask, [n] * batch)
-        uniforms = self.engine.send(np.zeros(batch))
-        self.engine.read(made.choose(self.engine.send(np.zeros(batch, np.int64)), [_GREEDY] * batch, uniforms))
+        nodes, uniforms = self.engine.send(np.zeros(batch, np.int64)), self.engine.send(np.zeros(batch))
+        self.engine.read(made.choose(nodes, [_GREEDY] * batch, uniforms))
 
 
 class _DrafterCalls:

@@ -168,7 +168,11 @@ class Target(Sequences):
         super().__init__(engine)
         self._features: dict[int, Features] = {}  # of each sequence: as many rows as were reserved
 
-    def open(self, tokens: list[int], rows: int) -> int:
+    @property
+    def used(self) -> float:
+        return len(self._features) / self.engine.slots
+
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         sequence = super().open(tokens, rows)
         self._features[sequence] = self.engine.zeros(rows, self.engine.info.feature_width)
         return sequence

@@ -55,3 +55,8 @@ class HostPass:
             if node >= 0:
                 chosen[b] = sampling.choose(self._logits[b, node], how[b], uniforms[b])
         return chosen
+
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], Ints, NDArray[np.float64]]:
+        return sampling.log_probabilities(self._logits[row, list(nodes)], np.array(tokens, dtype=np.int64), top)

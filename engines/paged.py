@@ -134,11 +134,15 @@ class Paged:
         self.graph, self.runtime = graph, graph.runtime
         self.reset()
 
+    @property
+    def used(self) -> float:
+        return 1 - self.pool.available / self.pool.blocks
+
     def room(self, rows: int) -> bool:
         return sequence_blocks(rows) <= self.pool.available
 
-    def open(self, tokens: list[int], rows: int) -> int:
-        shared, number = self.pool.share(tokens)
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
+        shared, number = self.pool.share([] if fresh else tokens)
         try:
             own = self.pool.take(max(0, sequence_blocks(rows) - len(shared)))
         except EngineError:
@@ -212,6 +216,12 @@ class RaggedPass:
             if node >= 0:
                 chosen[b] = sampling.choose(self.logits[self.starts[b] + node], how[b], uniforms[b])
         return chosen
+
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], Ints, NDArray[np.float64]]:
+        logits = self.logits[self.starts[row] + np.array(nodes, dtype=np.int64)]
+        return sampling.log_probabilities(logits, np.array(tokens, dtype=np.int64), top)
 
 
 class PagedTarget(Paged):

@@ -69,6 +69,27 @@ def _mix(x: Any) -> Any:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
+def log_probabilities(
+    logits: NDArray[np.float32], tokens: NDArray[np.int64], top: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """What the target says of tokens, before any temperature or cut.
+
+    Args:
+        logits: ``[n, V]``. tokens: ``[n]``. top: how many of the likeliest tokens to name, T.
+
+    Returns:
+        Natural logarithms of the probabilities of ``tokens`` ``[n]``; the likeliest tokens ``[n, T]``, best first, and
+        theirs ``[n, T]``.
+    """
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    scaled -= np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+    top = min(top, scaled.shape[-1])
+    best = np.argpartition(-scaled, max(top - 1, 0), axis=-1)[:, :top]
+    best = np.take_along_axis(best, np.argsort(-np.take_along_axis(scaled, best, -1), axis=-1, kind="stable"), -1)
+    return scaled[np.arange(len(tokens)), tokens], best, np.take_along_axis(scaled, best, -1)
+
+
 def distribution(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The processed distribution: tokens, ascending, and their probabilities in f64. For a temperature above 0."""
     scaled = logits.astype(np.float64)

@@ -95,6 +95,12 @@ class DevicePass:
         drawn = draw(logits, temperature, (top_k, top_p) if cut else None, uniforms[:, None])
         return torch.where(greedy[:, 0] > 0, best, drawn)
 
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        logits = self._logits[row, list(nodes)].float().cpu().numpy()
+        return sampling.log_probabilities(logits, np.array(tokens, dtype=np.int64), top)
+
 
 def draw(logits: Tensor, temperature: Tensor, cut: tuple[Tensor, Tensor] | None, uniforms: Tensor) -> Tensor:
     """``sampling.choose`` for a batch, on its device.

@@ -69,10 +69,12 @@ class ReplayTarget:
         """Announce an answer; its sequence must be the next one to be opened behind those announced before."""
         self.waiting.append(Replay(answer, features, record))
 
+    used = 0.0
+
     def room(self, rows: int) -> bool:
         return True
 
-    def open(self, tokens: list[int], rows: int) -> int:
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         self.opened += 1
         self.running[self.opened] = self.waiting.popleft()
         assert tokens == self.running[self.opened].answer.prompt_ids
@@ -129,6 +131,11 @@ class ReplayPass:
             tokens, place = self.running[b].answer.tokens, int(self.positions[b, node]) + 1
             chosen[b] = tokens[place] if node >= 0 and place < len(tokens) else 0
         return chosen
+
+    def log_probabilities(
+        self, row: int, nodes: Sequence[int], tokens: Sequence[int], top: int
+    ) -> tuple[NDArray[np.float64], Ints, NDArray[np.float64]]:
+        raise NotImplementedError("of a replayed answer it is known what was said, not how likely it was")
 
 
 class HostDrafter:

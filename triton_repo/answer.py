@@ -1,5 +1,7 @@
 """An answer on its way to its client: tokens come in, text goes out."""
 
+import json
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from decoding.scheduler import Full
-from decoding.sequence import Finish, Sequence
+from decoding.sequence import Finish, Score, Sequence
 from triton_repo import tensors, text
 from triton_repo.serving_loop import Stopped
 
@@ -32,9 +34,15 @@ class Answer:
     unread: list[int] = field(default_factory=list)  # tokens that are not text yet
     unsent: str = field(default="")  # text that the client does not have yet
     unsent_ids: list[int] = field(default_factory=list)
+    sent: int = field(default=0)  # tokens that the client has
+    opened: bool = field(default=False)  # whether it has any response
+    # Behind the last response Triton forgets the sender: asked then whether its client has left, the server dies.
+    _ended: bool = field(init=False, default=False)
+    _sending: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def has_left(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        with self._sending:
+            return not self._ended and bool(self.sender.is_cancelled())
 
     def respond(self, tokens: list[int], cycles: int, finish: Finish | None) -> bool:
         """Send what there is beyond the last response, if it is streamed or ended; a stop word ends it.
@@ -55,13 +63,44 @@ class Answer:
             self.unsent_ids += new[: count - before]
             self.unread = []
             if self.stream or finish:
-                response = _response(self.unsent, self.unsent_ids, count, cycles, finish_reason=finish or "")
+                sequence = self.sequence
+                response = _response(
+                    *(self.unsent, self.unsent_ids, count, cycles),
+                    *(len(sequence.prompt), sequence.drafted, sequence.accepted),
+                    self._scores(self.unsent_ids, sequence.scores[self.sent :]),
+                    "" if self.opened else self._prompt_scores(),
+                    finish_reason=finish or "",
+                )
+                self.sent, self.opened = self.sent + len(self.unsent_ids), True
                 self.unsent, self.unsent_ids = "", []
-                self.sender.send(response, flags=FINAL if finish else 0)
+                with self._sending:
+                    self._ended = finish is not None
+                    self.sender.send(response, flags=FINAL if finish else 0)
         return finish is not None
 
+    def _scores(self, ids: list[int], scores: list[Score]) -> str:
+        """Log-probabilities of tokens as JSON, ``[[id, text, log-probability, [likeliest the same way]], …]``; or nothing."""
+        if self.sequence.top is None:
+            return ""
+        text = self.text.vocabulary.text_of
+        told = [
+            [token, text(token), own, [[other, text(other), value] for other, value in best]]
+            for token, (own, best) in zip(ids, scores, strict=False)
+        ]
+        return json.dumps(told, ensure_ascii=False)
+
+    def _prompt_scores(self) -> str:
+        """The same of the prompt; the first of its tokens follows nothing."""
+        if not self.sequence.scores_prompt:
+            return ""
+        first, *others = self.sequence.prompt
+        told = json.loads(self._scores(others, self.sequence.prompt_scores))
+        return json.dumps([[first, self.text.vocabulary.text_of(first), None, []], *told], ensure_ascii=False)
+
     def fail(self, error: Exception) -> None:
-        refuse(self.sender, error)
+        with self._sending:
+            self._ended = True
+            refuse(self.sender, error)
 
 
 def refuse(sender: Any, error: Exception) -> None:
@@ -79,13 +118,30 @@ def stopped(sender: Any, count: int) -> None:
     sender.send(_response(finish_reason="cancelled" if count else ""), flags=FINAL)
 
 
-def _response(piece: str = "", ids: Any = (), tokens: int = 0, cycles: int = 0, *, finish_reason: str) -> Any:
+def _response(
+    piece: str = "",
+    ids: Any = (),
+    tokens: int = 0,
+    cycles: int = 0,
+    prompt: int = 0,
+    drafted: int = 0,
+    accepted: Any = (),
+    scores: str = "",
+    prompt_scores: str = "",
+    *,
+    finish_reason: str,
+) -> Any:
     return pb_utils.InferenceResponse(
         [
             tensors.texts("text_output", [piece]),
             tensors.output("output_ids", ids, np.int32),
             tensors.output("output_tokens", [tokens], np.int32),
             tensors.output("cycles", [cycles], np.int32),
+            tensors.output("num_input_tokens", [prompt], np.int32),
+            tensors.output("num_draft_tokens", [drafted], np.int32),
+            tensors.output("acceptance_histogram", list(accepted), np.int32),
+            tensors.texts("log_probs", [scores]),
+            tensors.texts("prompt_log_probs", [prompt_scores]),
             tensors.texts("finish_reason", [finish_reason]),
         ]
     )

@@ -39,11 +39,12 @@ class ChatFormat:
             if file.exists():
                 self.templates["default" if file.stem == "chat_template" else file.stem] = file.read_text(encoding="utf-8")
 
-    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
-        """Put messages through the template, with the opening of an answer.
+    def render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any], *, opened: bool, continued: bool) -> str:
+        """Put messages through the template.
 
         Args:
             arguments: for the template's own variables; ``tools`` picks a template of their own where there is one.
+            opened: whether the opening of an answer follows them. continued: whether the last one is left open.
 
         Raises:
             ValueError: there is no template, it has no such variable, or refuses the messages.
@@ -59,7 +60,8 @@ class ChatFormat:
             if argument not in allowed:
                 known = ", ".join(allowed) or "none, the target's template has no variables"
                 raise ValueError(f"chat_template_kwargs.{argument}: unknown, allowed: {known}")
-        given: dict[str, Any] = {"add_generation_prompt": True, **self.tokens, **arguments}
+        given: dict[str, Any] = {"add_generation_prompt": opened, "continue_final_message": continued}
+        given |= {**self.tokens, **arguments}
         try:
             chats: Any = render_jinja_template([messages], chat_template=template, **given)
         except Exception as error:  # a template refuses by raising whatever it likes
@@ -97,11 +99,13 @@ class Prompts:
         """
         return self._encode("text_input", text, literal=not parse_special, opened=True)
 
-    def chat(self, messages: str, arguments: str | None = None) -> list[int]:
-        """The ids of a chat, as far as the opening of its answer.
+    def chat(self, messages: str, arguments: str | None = None, *, opened: bool = True, continued: bool = False) -> list[int]:
+        """The ids of a chat.
 
         Args:
             messages: a JSON list of messages. arguments: a JSON object, for the variables of the chat template.
+            opened: whether the opening of an answer follows them.
+            continued: whether the last message is left open instead, so that the answer goes on with it.
 
         Raises:
             ValueError: naming what is wrong in them.
@@ -110,7 +114,12 @@ class Prompts:
         if not isinstance(given, dict):
             raise ValueError("chat_template_kwargs: allowed: a JSON object of variables of the chat template")
         spelt = [self._spell(message) for message in check_messages(_parse("messages", messages))]
-        rendered = self.chat_format.render(spelt, {name: self._spell(value) for name, value in given.items()})
+        if opened and continued:
+            raise ValueError("continue_final_message: found beside add_generation_prompt, allowed: one of the two")
+        if continued and not spelt[-1].get("content"):
+            raise ValueError("continue_final_message: found behind a message without text, allowed: one with")
+        values = {name: self._spell(value) for name, value in given.items()}
+        rendered = self.chat_format.render(spelt, values, opened=opened, continued=continued)
         return self._encode("messages", rendered, literal=False, opened=False)
 
     def _spell(self, value: Any) -> Any:

@@ -74,6 +74,7 @@ def command(build: Path, host: str, ports: Ports, folder: Path) -> tuple[list[st
     options += [f"--backend-config=python,shm-region-prefix-name={folder.name}"]
     options += [f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
     options += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
+    options += ["--model-control-mode=none", "--disable-auto-complete-config", "--strict-readiness=true"]
     if not Path("/dev/nvidiactl").exists():
         options += ["--pinned-memory-pool-byte-size=0", "--allow-gpu-metrics=false"]  # else it complains that there is no GPU
     if binary := shutil.which("tritonserver"):
@@ -179,8 +180,8 @@ class Server:
     def _answering(self) -> bool:
         """Whether d2sd has requests."""
         metrics = self._fetch(self.ports.metrics, "metrics") or ""
-        found = re.search(r"^d2sd_requests\b.* (\S+)$", metrics, re.MULTILINE)
-        return found is not None and float(found[1]) > 0
+        found = re.findall(r"^d2sd:num_requests_(?:running|waiting)\b.* (\S+)$", metrics, re.MULTILINE)
+        return any(float(number) > 0 for number in found)
 
     def _fetch(self, port: int, path: str) -> str | None:
         try:

@@ -38,7 +38,7 @@ class ServingLoop:
     """Takes requests in from any thread and answers them in its own two.
 
     Args:
-        watch: called once a cycle with what it advanced.
+        watch: called once a cycle with what it advanced and the seconds that it took.
         log: for what an operator should know.
         give_up: called when the engines fail again and again, after all requests at hand were told.
     """
@@ -46,7 +46,7 @@ class ServingLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        watch: Callable[[Advanced], None],
+        watch: Callable[[Advanced, float], None],
         log: Callable[[str], None],
         give_up: Callable[[], None],
     ) -> None:
@@ -74,6 +74,7 @@ class ServingLoop:
     def _run(self) -> None:
         while self._take_in(wait=not self.scheduler):
             self._let_go()
+            began = time.monotonic()
             try:
                 advanced = self.scheduler.step()
             except Exception as error:
@@ -83,10 +84,11 @@ class ServingLoop:
                     self._give_up()
                     return
                 continue
+            took = time.monotonic() - began
             self._failures = 0
             self._hand_out(advanced)
             try:
-                self._watch(advanced)
+                self._watch(advanced, took)
             except Exception as error:
                 self._log(f"a cycle cannot be counted: {error!r}")
         for sequence in list(self.requests):

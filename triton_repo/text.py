@@ -33,6 +33,10 @@ class Vocabulary:
         vocabulary = tokenizer.get_vocab() if falls_back else {}
         self.bytes = frozenset(id for token, id in vocabulary.items() if _BYTE.fullmatch(token))
 
+    def text_of(self, token: int) -> str:
+        """A token alone, special ones too; of half a character what stands for such."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -93,7 +97,7 @@ class Growing:
     """
 
     def __init__(self, vocabulary: Vocabulary, stop_words: StopWords | None = None) -> None:
-        self._vocabulary, self._words = vocabulary, stop_words
+        self.vocabulary, self._words = vocabulary, stop_words
         self.tokens, self.stopped = 0, False
         self._window: list[int] = []  # tokens that are decoded, the last ones of the answer
         self._mark = 0  # where in it another could begin: the text before is whole
@@ -105,13 +109,13 @@ class Growing:
         """The text that more tokens add, or that is left if ``final``. What follows a stop word is left out."""
         if self._words is None:
             self.tokens += len(ids)
-            self._window += [token for token in ids if token not in self._vocabulary.hidden]
+            self._window += [token for token in ids if token not in self.vocabulary.hidden]
             return self._decode(final)
         pieces = []
         for token in ids:
             self.tokens += 1
-            if token in self._vocabulary.hidden:
-                pieces.append(self._match(self._vocabulary.hidden[token], shown=False))
+            if token in self.vocabulary.hidden:
+                pieces.append(self._match(self.vocabulary.hidden[token], shown=False))
             else:
                 self._window.append(token)
                 pieces.append(self._match(self._decode(final=False), shown=True))
@@ -126,9 +130,9 @@ class Growing:
     def _decode(self, final: bool) -> str:
         """The characters that the window has more than were taken."""
         whole = len(self._window)
-        while not final and whole and self._window[whole - 1] in self._vocabulary.bytes:
+        while not final and whole and self._window[whole - 1] in self.vocabulary.bytes:
             whole -= 1
-        text = self._vocabulary.decode(self._window[:whole])
+        text = self.vocabulary.decode(self._window[:whole])
         stable = text if final else text.rstrip(REPLACEMENT)
         new = stable[self._decoded :]
         self._decoded = max(self._decoded, len(stable))
@@ -140,7 +144,7 @@ class Growing:
         """Begin the window later, where its text is whole. It keeps letters of its own, because decoders treat the first
         token, and the first spaces, in other ways than the rest."""
         rest = self._window[self._mark :]
-        if len(rest) >= SPAN and (text := self._vocabulary.decode(rest)).strip():
+        if len(rest) >= SPAN and (text := self.vocabulary.decode(rest)).strip():
             if self._mark:
                 self._window, self._decoded = rest, len(text)
             self._mark = len(self._window)

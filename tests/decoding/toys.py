@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from engines.sampling import choose
+from engines.sampling import choose, log_probabilities
 
 VOCABULARY = 5
 
@@ -36,15 +36,19 @@ class ToySequences:
         self.known: list[list[int]] = []
         self.opened = 0
 
+    @property
+    def used(self) -> float:
+        return len(self.caches) / self.slots
+
     def room(self, rows: int) -> bool:
         return len(self.caches) < self.slots
 
-    def open(self, tokens: list[int], rows: int) -> int:
+    def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         assert self.room(rows)
         assert len(tokens) <= rows
         shared = max((_common(tokens[:-1], other) for other in self.known), default=0)
         self.opened += 1
-        self.caches[self.opened] = tokens[: min(shared, self.remembers)]
+        self.caches[self.opened] = [] if fresh else tokens[: min(shared, self.remembers)]
         self.reserved[self.opened] = rows
         return self.opened
 
@@ -91,6 +95,7 @@ class ToyTarget(ToySequences):
                 assert positions[b, seen].tolist() == list(range(len(cache), len(cache) + len(seen))), "a gap or a fork"
                 assert seen[-1] == node
                 logits[b, node] = logits_after(cache + token_ids[b, seen].tolist(), vocabulary=self.vocabulary)
+        logits[batch - silent :] = np.nan
         self.last = list(sequences), token_ids.copy()
         return ToyPass(logits)
 
@@ -116,6 +121,9 @@ class ToyPass:
         for b in np.flatnonzero(nodes >= 0):
             chosen[b] = choose(self.logits[b, nodes[b]], sampling[b], uniforms[b])
         return chosen
+
+    def log_probabilities(self, row, nodes, tokens, top):
+        return log_probabilities(self.logits[row, list(nodes)], np.array(tokens), top)
 
 
 class ToyDrafter(ToySequences):

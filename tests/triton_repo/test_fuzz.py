@@ -139,8 +139,7 @@ def test_every_request_is_answered_or_refused(server):
     assert REQUESTS * 0.05 < answered < REQUESTS * 0.9
     assert memory(server) < half * 1.05 + 5
     assert server.fault() is None
-    metrics = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
-    assert 'd2sd_requests{model="d2sd"} 0' in metrics
+    wait_for(server, 0)
 
 
 PLAIN = ("text_input", "max_tokens")
@@ -183,7 +182,7 @@ def test_a_unary_request_ends_when_its_client_leaves(server):
 def wait_for(server, requests, seconds=5.0):
     deadline = time.monotonic() + seconds
     url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
-    while f'd2sd_requests{{model="d2sd"}} {requests}\n' not in httpx.get(url).text:
+    while f'd2sd:num_requests_running{{model="d2sd"}} {requests}\n' not in httpx.get(url).text:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

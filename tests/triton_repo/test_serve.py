@@ -225,15 +225,15 @@ def counters(server):
     read, before = {}, None
     while read != before:
         before = read
-        time.sleep(0.3)
+        time.sleep(1.3)  # longer than numbers are gathered for
         lines = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text.splitlines()
-        read = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd_")}
+        read = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd:")}
     return read
 
 
 def requests_at_hand(server):
     text = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
-    return float(next(line for line in text.splitlines() if line.startswith("d2sd_requests{")).split()[-1])
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("d2sd:num_requests_"))
 
 
 def eventually(condition, seconds=5.0):
@@ -284,8 +284,18 @@ def test_metrics_count_cycles(server):
     before = counters(server)
     answer = client(server).generate("count", Options(max_tokens=11))
     after = counters(server)
-    assert after["d2sd_committed_tokens"] - before["d2sd_committed_tokens"] == answer.output_tokens
-    assert after["d2sd_cycles"] - before["d2sd_cycles"] == answer.cycles
+
+    def added(name):
+        return after[f"d2sd:{name}"] - before.get(f"d2sd:{name}", 0)
+
+    assert added("generation_tokens_total") == answer.output_tokens
+    assert added("spec_decode_num_drafts_total") == answer.cycles
+    assert added("spec_decode_num_accepted_tokens_total") == answer.output_tokens - answer.cycles
+    assert added("prompt_tokens_total") == answer.input_tokens
+    for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
+        assert added(f"{name}_seconds_count") == 1
+    assert 0 < added("time_to_first_token_seconds_sum") <= added("e2e_request_latency_seconds_sum")
+    assert after["d2sd:num_requests_running"] == after["d2sd:num_requests_waiting"] == 0
 
 
 def test_an_unreachable_service():

@@ -64,7 +64,9 @@ def serve():
 
     def start(places=4, queue=8, **options):
         scheduler = Scheduler(Slow(**options), places, Costs(), queue)
-        loop = ServingLoop(scheduler, loops_watch.append, loops_log.append, lambda: loops_log.append("gave up"))
+        loop = ServingLoop(
+            scheduler, lambda advanced, _: loops_watch.append(advanced), loops_log.append, lambda: loops_log.append("gave up")
+        )
         loop.seen, loop.said = loops_watch, loops_log
         loop.start()
         running.append(loop)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,10 @@ from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
 from triton_repo import tensors, text
 from triton_repo.answer import Answer, refuse, stopped
-from triton_repo.serving_loop import Advanced, ServingLoop, Stop
+from triton_repo.metrics import Metrics, Watch
+from triton_repo.serving_loop import ServingLoop, Stop
+
+TOP = 20  # likeliest tokens that may be asked for
 
 
 class TritonPythonModel:
@@ -30,7 +34,7 @@ class TritonPythonModel:
         self.limits, self.end_ids = manifest["limits"], manifest["end_ids"]
         options = manifest["decoding"]
         engines = target, first, second = self.build.load()
-        costs = self.build.costs(*engines, say=pb_utils.Logger.log_info)
+        costs = self.build.costs(*engines, say=partial(print, file=sys.stderr, flush=True))
         self.modes = [name for name, mode in MODES.items() if first is not None or not mode.drafts]
         self.vocabulary = self.build.vocabulary
         decoder = Decoder(
@@ -49,8 +53,10 @@ class TritonPythonModel:
         self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])
         self._warm_up()
         log = pb_utils.Logger
-        self.metrics = Metrics()
-        self.loop = ServingLoop(self.scheduler, self._watch, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
+        self.metrics = Metrics(pb_utils)
+        self.watch = Watch(self.metrics, self.scheduler)
+        self.loop = ServingLoop(self.scheduler, self.watch.cycle, lambda line: log.log_error(f"d2sd: {line}"), _give_up)
+        self.metrics.start()
         self.loop.start()
 
     def _warm_up(self) -> None:
@@ -106,20 +112,21 @@ class TritonPythonModel:
         if not -1 <= end_id < self.vocabulary:
             raise ValueError(f"end_id: found {end_id}, allowed: -1 (the target's own) to {self.vocabulary - 1}")
         ends = frozenset(self.end_ids if end_id < 0 else [end_id])
+        if tensors.scalar(request, "ignore_eos", False):
+            ends = frozenset()
         deadline = time.monotonic() + min(_timeout(request), self.limits["deadline"])
-        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline)
+        top, scores_prompt = _scoring(request)
+        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline, top, scores_prompt)
         words = tensors.strings(request, "stop_words")
         growing = text.Growing(self.text, text.StopWords(words) if words else None)
         stream = bool(tensors.scalar(request, "stream", False))
-        return Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
-
-    def _watch(self, advanced: Advanced) -> None:
-        self.metrics.count(advanced, len(self.loop.requests))
+        answer = Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
+        self.watch.arrived(answer)
+        return answer
 
     def finalize(self) -> None:
         self.loop.close()
-        # The backend's own objects may not outlive it: freed any later, they end this process with a segmentation fault.
-        del self.metrics
+        self.metrics.close()
 
 
 def _give_up() -> None:
@@ -139,6 +146,19 @@ def _timeout(request: Any) -> float:
     return given / 1e6 if given else math.inf
 
 
+def _scoring(request: Any) -> tuple[int | None, bool]:
+    """How many of the likeliest tokens are told with log-probabilities, None for no such; and whether those of the prompt are.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    top = tensors.scalar(request, "num_top_log_probs", 0)
+    if not 0 <= top <= TOP:
+        raise ValueError(f"num_top_log_probs: found {top}, allowed: 0 to {TOP}")
+    scores_prompt = bool(tensors.scalar(request, "return_prompt_log_probs", False))
+    return (top if tensors.scalar(request, "return_log_probs", False) or scores_prompt else None), scores_prompt
+
+
 def _sampling(request: Any) -> Sampling:
     """Greedy if a request says nothing; as soon as it names a way to sample, what it leaves out is neutral, and a seed is
     made up."""
@@ -148,23 +168,3 @@ def _sampling(request: Any) -> Sampling:
         given.setdefault("temperature", 1.0)
     given.setdefault("seed", secrets.randbits(63))
     return Sampling(**given)
-
-
-class Metrics:
-    """Triton metrics: acceptance length is committed tokens over cycles."""
-
-    def __init__(self) -> None:
-        self.families: list[Any] = []
-        counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
-        self.tokens = self._metric("d2sd_committed_tokens", "Tokens committed to answers", counter)
-        self.cycles = self._metric("d2sd_cycles", "Target passes spent on answers, one a sequence and cycle", counter)
-        self.requests = self._metric("d2sd_requests", "Requests that wait or run", gauge)
-
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
-        self.families.append(pb_utils.MetricFamily(name, description, kind))
-        return self.families[-1].Metric(labels={"model": "d2sd"})
-
-    def count(self, advanced: Advanced, requests: int) -> None:
-        self.requests.set(requests)
-        self.tokens.increment(sum(len(tokens) for _, tokens in advanced))
-        self.cycles.increment(len(advanced))

@@ -19,7 +19,6 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "min_tokens": 0,
-    "return_log_probs": False,
 }
 
 
@@ -47,6 +46,10 @@ class TritonPythonModel:
         if tensors.strings(request, "bad_words"):
             raise ValueError("bad_words: found some, allowed: none, since the answers are the target's own")
         text = tensors.scalar(request, "text_input", "")
+        if ids := tensors.integers(request, "prompt_ids"):
+            if text or tensors.scalar(request, "messages"):
+                raise ValueError("prompt_ids: found beside text_input or messages, allowed: one of the three")
+            return ids
         messages = tensors.scalar(request, "messages")
         arguments = tensors.scalar(request, "chat_template_kwargs")
         if messages and text:
@@ -54,7 +57,9 @@ class TritonPythonModel:
         if arguments and not messages:
             raise ValueError("chat_template_kwargs: found without messages, allowed: beside them")
         if messages:
-            return self.prompts.chat(messages, arguments)
+            opened = bool(tensors.scalar(request, "add_generation_prompt", True))
+            continued = bool(tensors.scalar(request, "continue_final_message", False))
+            return self.prompts.chat(messages, arguments, opened=opened, continued=continued)
         ids = self.prompts.text(text, bool(tensors.scalar(request, "parse_special", False)))
         if not ids:
             raise ValueError("text_input: found an empty prompt, allowed: text, or messages instead")

@@ -1,0 +1,1 @@
+"""OpenAI's interface over the client of a served pipeline."""
