@@ -50,6 +50,7 @@ def doubled(file):
 
 
 RUNTIMES = {
+    "openvino": partial(loaded, backend="openvino"),
     "onnxruntime-cpu": partial(loaded, backend="onnxruntime", providers=["cpu"]),
     "tensorrt-double": doubled,
 }

@@ -1,0 +1,114 @@
+"""Costs: looked up, corrected, kept; measured of engines that sleep for as long as they say."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from engines import costs
+from engines.costs import Costs, Table, load, measure, save
+
+
+def table(**changes):
+    options = {"rows": [1, 4, 8], "seconds": [0.01, 0.01, 0.03], "widths": [1, 8], "context": [1e-6, 3e-6], "sequence": 0.001}
+    return Table(**options | changes)
+
+
+def test_a_staircase_is_looked_up():
+    found = table()(np.array([1, 2, 4, 6, 8, 16]), 1, 0)
+    np.testing.assert_allclose(found, [0.01, 0.01, 0.01, 0.02, 0.03, 0.03 + 8 * 0.03 / 8])
+    falling = table(seconds=[0.05, 0.02, 0.03])(np.array([1, 4]), 1, 0)
+    assert falling[1] < falling[0], "a size that is slower than a larger one stays so"
+
+
+def test_context_and_sequences_count():
+    one, far = (float(table()(np.array([8]), 1, context)[0]) for context in (0, 1000))
+    assert far - one == pytest.approx(1000 * 3e-6)
+    assert float(table()(np.array([8]), 8, 1000)[0]) == pytest.approx(0.03 + 1000 * 1e-6 + 7 * 0.001)
+
+
+def test_calls_correct_it_where_they_are():
+    learned = table()
+    for _ in range(300):
+        learned.observe(8, 1, 0, 0.06)
+    now = learned(np.array([1, 8]), 1, 0)
+    assert now[1] == pytest.approx(0.06, rel=0.05)
+    assert now[0] == pytest.approx(0.01, rel=0.05)
+    learned.observe(8, 1, 0, 1e9)
+    assert float(learned(np.array([8]), 1, 0)[0]) < 0.07, "one call that was held up is not believed"
+
+
+def test_a_file_is_believed_whole_and_of_this_machine_alone(tmp_path):
+    identity, file = {"machine": "a", "engines": {"target": "k"}}, tmp_path / "costs.json"
+    assert load(file, identity) is None
+    save(file, identity, Costs({"target": table()}))
+    assert load(file, identity).tables["target"].seconds == [0.01, 0.01, 0.03]
+    assert load(file, identity | {"machine": "b"}) is None
+    assert load(file, identity | {"engines": {"target": "other"}}) is None
+    text = file.read_text()
+    for cut in range(0, len(text), 37):
+        file.write_text(text[:cut])
+        assert load(file, identity) is None
+    file.write_text(json.dumps({"identity": identity, "tables": {"target": {"rows": [1]}}}))
+    assert load(file, identity) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+class Sleeper:
+    """An engine whose calls take a time that is known: a staircase of 4 ms every 32 rows."""
+
+    ragged, mask_id = True, 9
+
+    def __init__(self):
+        self.lengths = []
+
+    def reset(self):
+        self.lengths = []
+
+    def room(self, rows):
+        return len(self.lengths) < 4
+
+    def open(self, tokens, rows):
+        self.lengths.append(0)
+        return len(self.lengths) - 1
+
+    def close(self, sequence):
+        pass
+
+    def length(self, sequence):
+        return self.lengths[sequence]
+
+    def send(self, array):
+        return array
+
+    def read(self, array):
+        return array
+
+    def keep(self, rows):
+        self.lengths[self.last[0]] += len(rows[0])
+
+    def choose(self, *_):
+        return 0
+
+    def forward(self, sequences, *arrays):
+        self.last = sequences
+        if len(arrays) == 5 or isinstance(arrays[0], np.ndarray):
+            rows = arrays[0].size
+        else:
+            rows = arrays[1].size + sum(map(len, arrays[0]))
+            self.lengths[sequences[0]] += len(arrays[0][0])
+        time.sleep(0.004 * -(-rows // 32))
+        return self if isinstance(arrays[0], np.ndarray) else (np.zeros(1), None)
+
+
+def test_what_is_measured_is_what_calls_take():
+    said = []
+    found = measure(Sleeper(), [Sleeper()], 4, 512, said.append)
+    assert len(said) == 2
+    for name in ("target", "first"):
+        took = getattr(found, name)(np.array([1, 32, 128]), 1, 0)
+        assert took[0] == pytest.approx(0.004, rel=0.5)
+        assert took[2] / took[1] == pytest.approx(4, rel=0.4)
+    assert "rows" in costs.describe(found)
+    assert "cores" in costs.machine()
