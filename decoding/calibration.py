@@ -4,11 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decoding.acceptance import Walk
-from decoding.sources import ORIGINS
+from decoding.sources import ORIGINS, TEXT
 
 DEPTHS = 17  # deeper nodes are corrected as the deepest of these
 RATE = 0.03  # of a step along the gradient of the log-loss
 SHARED = 0.5  # of a step is taken for the origin as a whole
+TEXT_PRIOR = -0.2  # where the text has a say; seen with the demo's target: sources that agree know less than two would
 LIMIT = 1.5  # of a correction, in logits
 
 
@@ -17,7 +18,7 @@ class Calibration:
 
     def __init__(self) -> None:
         origins = 1 << len(ORIGINS)
-        self.shared = [0.0] * origins
+        self.shared = [TEXT_PRIOR if origin & TEXT else 0.0 for origin in range(origins)]
         self.own = [[0.0] * DEPTHS for _ in range(origins)]
 
     @property
