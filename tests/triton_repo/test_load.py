@@ -1,0 +1,170 @@
+"""A tiny target through a real Triton that has few places: who waits, is refused or leaves, and that all is free again."""
+
+import asyncio
+import json
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+
+from client import AsyncClient, Client, Options, ServiceError
+from export.build import build
+from export.config import load
+from tests import tiny
+from triton_repo.serve import Ports, Server
+
+PIPELINE = """
+target: {{checkpoint: {root}/target}}
+decoding: {{mode: autoregressive}}
+engine: {{precision: f32}}
+limits: {{sequences: 2, waiting: 3, length: 1024, max_tokens: 480}}
+"""
+LONG = 900  # tokens, a second at least
+SHORT = Options(max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("load")
+    tiny.save_target(root / "target")
+    (root / "pipeline.yaml").write_text(PIPELINE.format(root=root))
+    build(load(root / "pipeline.yaml"), root / "build")
+    with Server(root / "build", "127.0.0.1", Ports(0, 0, 0), log=root / "triton.log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def asked(server):
+    return Client(f"127.0.0.1:{server.ports.grpc}", timeout=60)
+
+
+def post(server, body, kind="generate"):
+    return httpx.post(f"http://127.0.0.1:{server.ports.http}/v2/models/ensemble/{kind}", json=body, timeout=60)
+
+
+def last_response(server, text, headers=None, **options):
+    """To a long request over a bare stream; with Triton's own fields."""
+    prompt = grpc.InferInput("text_input", [1, 1], "BYTES")
+    prompt.set_data_from_numpy(np.array([[text]], dtype=np.object_))
+    count = grpc.InferInput("max_tokens", [1, 1], "INT32")
+    count.set_data_from_numpy(np.array([[900]], dtype=np.int32))
+    arrived: queue.Queue[tuple] = queue.Queue()
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        service.start_stream(lambda result, error: arrived.put((result, error)), headers=headers)
+        service.async_stream_infer("ensemble", [prompt, count], **options)
+        return arrived.get(timeout=60)
+
+
+def long(asked, text):
+    """Options for an answer that has its full length, because no token of it is an end."""
+    for end_id in range(299, 200, -1):
+        options = Options(max_tokens=LONG, end_id=end_id)
+        if asked.generate(text, options).finish_reason == "length":
+            return options
+    raise AssertionError("every token is in it")
+
+
+def all_is_free(asked):
+    """As many requests of full length as there are places are answered side by side: no row is lost."""
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda text: asked.generate(text, Options(max_tokens=1020)), ("free", "too")))
+    assert {answer.finish_reason for answer in answers} <= {"end", "length"}
+
+
+def test_whoever_finds_no_place_waits_and_one_too_many_is_refused_at_once(server, asked):
+    options, text = long(asked, "now"), asked.generate("now", SHORT).text
+    answers: queue.Queue[object] = queue.Queue()
+
+    def ask(options):
+        try:
+            answers.put(asked.generate("now", options))
+        except ServiceError as error:
+            answers.put(error)
+
+    threads = [threading.Thread(target=ask, args=(which,)) for which in (options, options, SHORT, SHORT, SHORT)]
+    for thread in threads[:2]:
+        thread.start()
+    time.sleep(0.3)
+    for thread in threads[2:]:
+        thread.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    with pytest.raises(ServiceError, match=r"limits.waiting: found 3 requests waiting for a place, allowed: no more"):
+        asked.generate("now", SHORT)
+    assert time.monotonic() - began < 1
+    response = post(server, {"text_input": "now", "max_tokens": 4})
+    assert response.status_code == 400  # Triton's own, of all errors that come as responses
+    assert "limits.waiting" in response.json()["error"]
+    _, error = last_response(server, b"now", headers={"triton_grpc_error": "true"})
+    assert error.status() == "StatusCode.UNAVAILABLE"
+    assert answers.empty(), "the places are taken all the while"
+    for thread in threads:
+        thread.join()
+    ended = [answers.get() for _ in threads]
+    assert sorted(answer.output_tokens for answer in ended) == [4, 4, 4, LONG, LONG]
+    assert all(answer.text.startswith(text) for answer in ended)
+    all_is_free(asked)
+
+
+async def test_clients_that_leave_while_they_wait_are_taken_in_or_answered(server, asked):
+    async def answered(client, text, begun):
+        async for _ in client.stream(text, Options(max_tokens=LONG - 300)):
+            begun.set()
+
+    async with AsyncClient(f"127.0.0.1:{server.ports.grpc}") as client:
+        for wait in (True, True, False):
+            begun = asyncio.Event()
+            texts = ("word " * 40, "other " * 40, "third", "fourth")  # places for two
+            leaving = [asyncio.create_task(answered(client, text, begun)) for text in texts]
+            await (begun.wait() if wait else asyncio.sleep(0.02))
+            for task in leaving:
+                task.cancel()
+            await asyncio.gather(*leaving, return_exceptions=True)
+    began = time.monotonic()
+    assert asked.generate("x", SHORT).output_tokens <= 4
+    assert time.monotonic() - began < 2
+    all_is_free(asked)
+
+
+def test_a_deadline_ends_an_answer_with_what_it_has(server, asked):
+    options = long(asked, "timed")
+    body = {"text_input": "timed", "max_tokens": LONG, "end_id": options.end_id, "parameters": {"timeout": 300_000}}
+    response = post(server, body).json()
+    assert (response["finish_reason"], response["output_tokens"] < LONG) == ("timeout", True)
+    shorter = Options(max_tokens=response["output_tokens"], end_id=options.end_id)
+    assert asked.generate("timed", shorter).text == response["text_output"]
+
+
+def test_a_deadline_before_the_first_token_is_an_error(server, asked):
+    options = long(asked, "now")
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(asked.generate, "now", options) for _ in range(2)]
+        time.sleep(0.2)
+        result, error = last_response(server, b"timed", timeout=100_000)
+        assert not any(answer.done() for answer in answers), "the places are taken all the while"
+        assert result is None
+        assert "timeout: found no place for this request in its time" in str(error)
+        assert all(answer.result().output_tokens == LONG for answer in answers)
+
+
+@pytest.mark.parametrize("found", ["soon", -1, 1.5, True])
+def test_a_timeout_that_is_none(server, found):
+    response = post(server, {"text_input": "x", "max_tokens": 2, "parameters": {"timeout": found}})
+    assert response.status_code == 400
+    assert f"timeout: found {json.dumps(found)}, allowed: microseconds, an integer" in response.json()["error"]
+
+
+def test_a_known_beginning_changes_no_answer(server, asked):
+    """The second of each pair finds the blocks of the first."""
+    text = "the quick brown fox jumps over the lazy dog " * 6
+    options = Options(max_tokens=40)
+    fresh = asked.generate("again: " + text, options)
+    assert asked.generate("again: " + text, options) == fresh
+    turn = asked.generate("again: " + text + fresh.text + " and then?", options)
+    assert asked.generate("again: " + text + fresh.text + " and then?", options) == turn
