@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 MODELS = ("ensemble", "preprocessing", "d2sd", "tensorrt_llm_bls")
+TWIN = "tensorrt_llm_bls"  # has the tensors of the ensemble
 TEMPLATES = Path(__file__).resolve().parent.parent / "triton_repo"
 
 
@@ -12,3 +13,7 @@ def write_repository(folder: Path) -> None:
     for model in MODELS:
         shutil.copytree(TEMPLATES / model, folder / model, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "ensemble" / "1").mkdir()  # the server demands a version, and an ensemble has nothing to put in it
+    ensemble = (folder / "ensemble" / "config.pbtxt").read_text(encoding="utf-8")
+    tensors = ensemble[ensemble.index("input [") : ensemble.index("ensemble_scheduling")]
+    with (folder / TWIN / "config.pbtxt").open("a", encoding="utf-8") as config:
+        config.write(tensors)
