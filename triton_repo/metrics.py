@@ -59,6 +59,8 @@ class Metrics:
             for name, about in named.items()
         }
         self._metrics: dict[tuple[str, Labels], Any] = {}
+        self._gauges = {name: self._metric(name) for name in ("d2sd:num_requests_running", "d2sd:num_requests_waiting")}
+        self._told: dict[str, float] = {}
         self._counted: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self._levels: dict[str, float] = {}
         self._observed: list[tuple[str, float]] = []
@@ -75,6 +77,7 @@ class Metrics:
         self._thread.join()
         self.flush()
         self._metrics.clear()
+        self._gauges.clear()
         self._families.clear()
 
     def count(self, name: str, value: float = 1, **labels: str) -> None:
@@ -86,6 +89,12 @@ class Metrics:
         """Set a gauge."""
         with self._lock:
             self._levels[name] = value
+
+    def tell(self, name: str, value: float) -> None:
+        """Set a gauge that is looked at before something is decided: at once, where it changes."""
+        if self._told.get(name) != value:
+            self._told[name] = value
+            self._gauges[name].set(value)
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to a histogram."""
@@ -171,8 +180,8 @@ class Watch:
                 reason = "stop" if timed.request.text.stopped else sequence.finish
                 metrics.count("d2sd:request_success_total", finished_reason=reason)
                 metrics.observe("d2sd:e2e_request_latency_seconds", now - timed.arrived)
-        metrics.level("d2sd:num_requests_running", sum(not sequence.finish for sequence in self._scheduler.running))
-        metrics.level("d2sd:num_requests_waiting", len(self._scheduler.waiting))
+        metrics.tell("d2sd:num_requests_running", sum(not sequence.finish for sequence in self._scheduler.running))
+        metrics.tell("d2sd:num_requests_waiting", len(self._scheduler.waiting))
         metrics.level("d2sd:kv_cache_usage_perc", self._scheduler.decoder.target.used)
         asked, known = self._scheduler.prompt_tokens, self._scheduler.reused_tokens
         metrics.count("d2sd:prefix_cache_queries_total", asked - self._asked)

@@ -155,7 +155,8 @@ def test_the_programs_know_the_options_they_are_given(objects, known):
             given = {option.partition("=")[0] for option in container["args"] if str(option).startswith("--")}
             assert given <= known[container["name"]]
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    assert {option for option in compose["gateway"]["command"] if option.startswith("--")} <= known["gateway"]
+    for name in ("gateway", "triton"):
+        assert {option for option in compose[name]["command"] if option.startswith("--")} <= known[name]
 
 
 def expressions():
