@@ -1,10 +1,12 @@
-"""The demo: build the pipeline, serve it, stream two answers, and set D²SD beside plain decoding on the same engines."""
+"""The demo: build the pipeline, serve it, stream two answers, and set ``auto`` beside plain decoding on the same engines."""
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 from client import Client, Message, Options, ServiceError
@@ -15,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Explain in three sentences why the sky is blue."
 ANOTHER = "Write a Python function that returns the largest of three numbers."
 TOKENS = 64  # of each timed answer
-MODES = ("autoregressive", "d2sd")
+MODES = ("autoregressive", "auto")
 
 
 def main() -> int:
@@ -38,6 +40,7 @@ def main() -> int:
             show(Client(f"127.0.0.1:{server.ports.grpc}"), "gRPC", QUESTION)
             show(Client(f"127.0.0.1:{server.ports.http}", "http"), "HTTP", ANOTHER)
             compare(Client(f"127.0.0.1:{server.ports.grpc}"))
+            choices(server.ports.metrics)
     except (BuildDirectoryError, ServeError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,8 +83,17 @@ def compare(client: Client) -> None:
     print(f"{'':16}{'acceptance length':>18}{'tokens/s':>10}")
     for mode in MODES:
         print(f"{mode:16}{tokens[mode] / cycles[mode]:>18.2f}{tokens[mode] / seconds[mode]:>10.1f}")
-    ratio = (tokens["d2sd"] / seconds["d2sd"]) / (tokens["autoregressive"] / seconds["autoregressive"])
-    print(f"\nD²SD is {ratio:.2f} times as fast here; {same} of {len(prompts)} answers are the same to the letter")
+    ratio = (tokens["auto"] / seconds["auto"]) / (tokens["autoregressive"] / seconds["autoregressive"])
+    print(f"\nauto is {ratio:.2f} times as fast here; {same} of {len(prompts)} answers are the same to the letter")
+
+
+def choices(port: int) -> None:
+    """What the planner chose, by the service's own count."""
+    time.sleep(1.5)  # numbers are told once a second
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    found = re.findall(r'^d2sd:planned_cycles_total\{.*choice="([^"]+)".*\} (\S+)$', metrics, re.MULTILINE)
+    chosen = ", ".join(f"{what} {float(count):.0f}" for what, count in sorted(found, key=lambda f: -float(f[1])))
+    print(f"what auto chose, by cycles: {chosen}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from decoding.drafting import Drafting
 from decoding.engines import Array, Costs, DrafterEngine, Pass, TargetEngine
 from decoding.follower import Follower
 from decoding.modes import ModeName, Redraft, Selection
+from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sampling import Sampling
 from decoding.sequence import Score, Sequence
@@ -69,6 +70,11 @@ class Decoder:
             redraft=redraft,
             costs=costs,
         )
+
+    @property
+    def planner(self) -> Planner | None:
+        """What plans the cycles of ``auto``."""
+        return self.drafting.auto.planner if self.drafting.auto else None
 
     def room(self, sequence: Sequence) -> bool:
         """Whether one more sequence can be opened."""

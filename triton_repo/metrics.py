@@ -24,6 +24,8 @@ COUNTERS = {
     "d2sd:generation_tokens_total": "Tokens committed to answers",
     "d2sd:cycles_total": "Cycles, each a pass of the target over all running sequences",
     "d2sd:cycle_seconds_total": "Time of the cycles",
+    "d2sd:planned_cycles_total": "Cycles that auto planned, by what it chose",
+    "d2sd:planned_tokens_total": "Tokens of these cycles, as expected and as they came",
     "d2sd:spec_decode_num_drafts_total": "Target passes spent on answers, one a sequence and cycle",
     "d2sd:spec_decode_num_draft_tokens_total": "Draft tokens verified",
     "d2sd:spec_decode_num_accepted_tokens_total": "Draft tokens accepted",
@@ -157,6 +159,7 @@ class Watch:
         self._metrics, self._scheduler = metrics, scheduler
         self._open: dict[Sequence, Timed] = {}
         self._asked, self._known = scheduler.prompt_tokens, scheduler.reused_tokens
+        self._planned: dict[str, float] = {}
 
     def arrived(self, request: Request) -> None:
         self._open[request.sequence] = Timed(request)
@@ -165,6 +168,7 @@ class Watch:
         """Count a cycle: what it advanced, and the time that it took."""
         metrics, now = self._metrics, time.monotonic()
         self._count([len(tokens) for _, tokens in advanced], seconds)
+        self._plan()
         for sequence in self._scheduler.running:
             if (timed := self._open.get(sequence)) is not None and not timed.placed:
                 timed.placed = True
@@ -187,6 +191,20 @@ class Watch:
         metrics.count("d2sd:prefix_cache_queries_total", asked - self._asked)
         metrics.count("d2sd:prefix_cache_hits_total", known - self._known)
         self._asked, self._known = asked, known
+
+    def _plan(self) -> None:
+        """Count what the planner chose since the last cycle."""
+        planner = self._scheduler.decoder.planner
+        if planner is None:
+            return
+        now = {**planner.chosen, "expected": planner.expected, "came": planner.came}
+        for what, value in now.items():
+            added = value - self._planned.get(what, 0.0)
+            if added and what in ("expected", "came"):
+                self._metrics.count("d2sd:planned_tokens_total", added, when=what)
+            elif added:
+                self._metrics.count("d2sd:planned_cycles_total", added, choice=what)
+        self._planned = now
 
     def _count(self, committed: list[int], seconds: float) -> None:
         """committed: tokens of each sequence, the target's own included."""

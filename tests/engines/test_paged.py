@@ -1,4 +1,4 @@
-"""The pool of blocks, on a graph that is a plain function of what it is given; what a real one decodes: ``test_conformance.py``."""
+"""The pool of blocks, on a graph that is a function of what it is given; what a real one decodes: ``test_conformance.py``."""
 
 import numpy as np
 import pytest

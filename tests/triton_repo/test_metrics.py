@@ -60,7 +60,8 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def scheduler():
-    decoder = SimpleNamespace(verified=0, target=SimpleNamespace(used=0.25))
+    planner = SimpleNamespace(chosen={"text": 2}, expected=3.5, came=4)
+    decoder = SimpleNamespace(verified=0, target=SimpleNamespace(used=0.25), planner=planner)
     return SimpleNamespace(running=[], waiting=[], decoder=decoder, prompt_tokens=100, reused_tokens=50)
 
 
