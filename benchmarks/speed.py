@@ -1,0 +1,328 @@
+"""``python -m benchmarks.speed build/``: how fast each mode decodes, and what others make of the same model, in one run.
+
+Every figure is a ratio to plain decoding in the same run: modes take turns, prompt by prompt and round by round, so that a slow
+moment of the machine hits all. Raw samples go to a JSONL file; what it holds already is not measured again. Decoding alone is
+timed, from the first token on, but where requests run together: there the whole of it, prompts and all.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from decoding.cycle import Decoder
+from decoding.modes import ModeName
+from decoding.sampling import Sampling
+from decoding.scheduler import Scheduler
+from decoding.sequence import Sequence
+from engines.build_directory import BuildDirectory, BuildDirectoryError
+from engines.costs import machine
+from engines.engine import EngineError
+from training.prompts import chat_ids, first_of_each_task, read_prompts
+
+PLAIN: ModeName = "autoregressive"
+MODES: tuple[ModeName, ...] = (PLAIN, "lookup", "dflash", "ddtree", "d2sd", "auto")
+PROMPTS = Path(__file__).resolve().parent.parent / "training" / "prompts" / "eval.jsonl"
+PEERS = Path(__file__).with_name("peers")
+PACKAGES = {
+    "llamacpp": ["xllamacpp"],
+    "genai": ["openvino-genai"],
+    "transformers": ["torch==2.13.0", "transformers>=5.20,<6", "gguf", "accelerate", "numpy<2"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: requests that run together, again and again.
+
+    Attributes:
+        group: the table that it belongs to. name: its row. prompts: of token ids, one for each request.
+    """
+
+    group: str
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    tokens: int
+    temperature: float = 0.0
+
+    @property
+    def alone(self) -> bool:
+        return len(self.prompts) == 1
+
+
+class Ours:
+    """A build's engines, and a decoder over them."""
+
+    def __init__(self, directory: BuildDirectory) -> None:
+        self.directory = directory
+        engines = directory.load()
+        self.costs = directory.costs(*engines)
+        options = directory.manifest["decoding"]
+        self.decoder = Decoder(
+            *engines,
+            mode="auto",
+            block_size=options["block_size"],
+            branches=options["branches"],
+            vocabulary=directory.vocabulary,
+            costs=self.costs,
+        )
+
+    def run(self, case: Case, mode: ModeName, seed: int) -> dict[str, float]:
+        """Answer a case's prompts; returns tokens, target passes, and seconds."""
+        scheduler = Scheduler(self.decoder, len(case.prompts), self.costs)
+        sampling = [Sampling(case.temperature, seed=seed + i) for i in range(len(case.prompts))]
+        sequences = [Sequence(list(p), case.tokens, s, mode=mode) for p, s in zip(case.prompts, sampling, strict=True)]
+        began = time.perf_counter()
+        for sequence in sequences:
+            scheduler.add(sequence)
+        if case.alone:
+            while not sequences[0].answer:
+                scheduler.step()
+        first, before = time.perf_counter(), sum(len(s.answer) for s in sequences)
+        while any(not s.finish for s in sequences):
+            scheduler.step()
+        done = time.perf_counter()
+        scheduler.step()  # the finished leave
+        tokens = sum(len(s.answer) for s in sequences)
+        return {
+            "tokens": tokens - (before if case.alone else 0),
+            "passes": sum(s.cycles for s in sequences),
+            "seconds": done - (first if case.alone else began),
+            "first": first - began,
+        }
+
+
+class Peer:
+    """Another program in an environment of its own, which answers one request at a time over its standard streams."""
+
+    def __init__(self, name: str, build: Path, gguf: Path) -> None:
+        self.name = name
+        home = build / "peers" / name
+        python = home / "bin" / "python"
+        if not (home / "ready").exists():
+            print(f"{name}: making its environment", flush=True)
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES[name]]
+            subprocess.run(install, check=True)
+            (home / "ready").touch()
+        command = [str(python), str(PEERS / f"{name}.py"), str(gguf), str(len(os.sched_getaffinity(0)))]
+        log = (build / "peers" / f"{name}.log").open("w")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.modes: list[str] = self._read()["modes"]
+
+    def run(self, texts: Many[str], tokens: int, mode: str) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompts": list(texts), "tokens": tokens, "mode": mode}) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        """Its next line of JSON; it may say other things in between."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.name} ended; its log is beside its environment")
+
+    def close(self) -> None:
+        if self.process.stdin:
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def cases(tokenizer: PreTrainedTokenizerFast, each: int, tokens: int, longest: int) -> Iterator[Case]:
+    """What the tables are about."""
+    prompts = first_of_each_task(read_prompts([PROMPTS]), max(each, 16))
+    ids = {prompt.id: tuple(chat_ids(tokenizer, prompt.turns[:1])) for prompt in prompts}
+    fitting = [prompt for prompt in prompts if len(ids[prompt.id]) + tokens < longest]
+    by_task: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    for prompt in fitting:
+        by_task[prompt.task].append(ids[prompt.id])
+    for number in range(each):
+        for task, own in by_task.items():
+            yield Case("task", task, (own[number % len(own)],), tokens)
+    for temperature in (0.7, 1.0):
+        for own in by_task.values():
+            yield Case("temperature", f"T = {temperature:g}", (own[0],), tokens, temperature)
+    mixed = random.Random(0).sample([p for own in by_task.values() for p in own], 16)
+    for together in (2, 4, 8, 16):
+        yield Case("concurrency", f"{together} together", tuple(mixed[:together]), tokens)
+    text = [token for own in by_task.values() for token in own[0]] * 8
+    for length in (128, 1024, 1900):
+        if length + tokens < longest:
+            yield Case("context", f"{length} tokens", (tuple(text[:length]),), tokens)
+
+
+def measure(ours: Ours, chosen: Many[Case], modes: Many[ModeName], rounds: int, file: Path) -> list[dict[str, Any]]:
+    """Run what the file does not hold yet."""
+    samples = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(s["round"], s["case"], s["mode"]) for s in samples}
+    began = time.monotonic()
+    with file.open("a", encoding="utf-8") as lines:
+        for turn in range(rounds):
+            for number, case in enumerate(chosen):
+                order = list(modes)
+                random.Random(f"{turn}/{number}").shuffle(order)
+                for mode in order:
+                    if (turn, number, mode) in known:
+                        continue
+                    made = ours.run(case, mode, seed=1000 * number)
+                    sample = {"round": turn, "case": number, "group": case.group, "name": case.name, "mode": mode} | made
+                    samples.append(sample)
+                    lines.write(json.dumps(sample) + "\n")
+                    lines.flush()
+                if sys.stderr.isatty() or number % 8 == 7:
+                    took = time.monotonic() - began
+                    print(f"round {turn + 1}/{rounds}, case {number + 1}/{len(chosen)}, {took:.0f} s", flush=True)
+    return samples
+
+
+def ratios(samples: Many[dict[str, Any]], group: str) -> dict[str, dict[str, list[float]]]:
+    """Speed over plain decoding: of each row and mode, a figure a round (tokens of all its cases by their seconds)."""
+    sums: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for sample in samples:
+        if sample["group"] == group:
+            entry = sums[sample["name"], sample["mode"], sample["round"]]
+            entry[0] += sample["tokens"]
+            entry[1] += sample["seconds"]
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (name, mode, turn), (tokens, seconds) in sums.items():
+        plain = sums.get((name, PLAIN, turn))
+        if plain:
+            found[name][mode].append(tokens / seconds / (plain[0] / plain[1]))
+    return found
+
+
+def table(samples: Many[dict[str, Any]], group: str, modes: Many[str]) -> str:
+    """Medians over rounds with the lowest and highest, as Markdown; the last row is the rows' mean."""
+    found = ratios(samples, group)
+    lines = ["| " + " | ".join([group, *modes]) + " |", "|---" * (len(modes) + 1) + "|"]
+    medians: dict[str, list[float]] = defaultdict(list)
+    for name, by_mode in found.items():
+        cells = []
+        for mode in modes:
+            values = by_mode[mode]
+            medians[mode].append(statistics.median(values))
+            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines.append("| " + " | ".join(["**mean**", *(f"**{statistics.mean(medians[mode]):.2f}**" for mode in modes)]) + " |")
+    return "\n".join(lines)
+
+
+def beside(ours: Ours, peers: Many[Peer], tokenizer: PreTrainedTokenizerFast, chosen: Many[Case], rounds: int) -> str:
+    """Ours and the peers', in turn, on the same prompts: tokens/s of decoding for one, of everything for eight together."""
+    rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    alone = [case for case in chosen if case.group == "task"][:8]
+    eight = [case for case in chosen if case.name == "8 together"]
+    for turn in range(rounds):
+        for case in (*alone, *eight):
+            column = "1 stream, decoding" if case.alone else "8 streams, with prompts"
+            own: tuple[ModeName, ...] = (PLAIN, "auto")
+            for mode in own:
+                made = ours.run(case, mode, seed=turn)
+                rates[f"ours, {mode}"][column].append(made["tokens"] / made["seconds"])
+            texts = [str(tokenizer.decode(list(prompt))) for prompt in case.prompts]
+            for peer in peers:
+                for theirs in peer.modes:
+                    made = peer.run(texts, case.tokens, theirs)
+                    rates[f"{peer.name}, {theirs}"][column].append(made["tokens"] / made["seconds"])
+    columns = ["1 stream, decoding", "8 streams, with prompts"]
+    lines = ["| tokens/s, median | " + " | ".join(columns) + " |", "|---|---|---|"]
+    for name, by_column in rates.items():
+        cells = [f"{statistics.median(by_column[c]):.1f}" if by_column[c] else "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(samples: Many[dict[str, Any]], groups: Many[str], modes: Many[str], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4.5), layout="constrained", squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
+        found = ratios(samples, group)
+        places = np.arange(len(found))
+        for i, mode in enumerate(modes):
+            heights = [statistics.median(found[name][mode]) for name in found]
+            axis.bar(places + (i - len(modes) / 2) * 0.8 / len(modes), heights, 0.8 / len(modes), label=mode)
+        axis.axhline(1, color="0.4", linewidth=1)
+        axis.set_xticks(places, list(found), rotation=40, ha="right")
+        axis.set(title=f"by {group}", ylabel="speed over plain decoding")
+    axes[0][0].legend()
+    figure.savefig(file, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
+    parser.add_argument("build", type=Path, help="a build directory")
+    parser.add_argument("--quick", action="store_true", help="plain and auto alone, short answers: under 3 minutes")
+    parser.add_argument("--limit", type=int, default=2, help="prompts of each task (default: 2)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: 3)")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="plain decoding is always there")
+    parser.add_argument("--groups", nargs="+", default=["task", "temperature", "concurrency", "context"], metavar="TABLE")
+    parser.add_argument("--peers", nargs="*", choices=list(PACKAGES), default=[], help="set these beside it")
+    parser.add_argument("--gguf", type=Path, help="the file that peers read (default: the demo's)")
+    parser.add_argument("--samples", type=Path, help="JSONL file of raw samples (default: BUILD/speed.jsonl)")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write speed.md and speed.png")
+    args = parser.parse_args(arguments)
+    modes: list[Any] = [PLAIN, *(mode for mode in args.modes if mode != PLAIN)]
+    if args.quick:
+        modes, args.limit, args.tokens, args.rounds = [PLAIN, "auto"], 1, 32, 1
+    try:
+        directory = BuildDirectory.open(args.build)
+        ours = Ours(directory)
+    except (BuildDirectoryError, EngineError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory.tokenizer, local_files_only=True)
+    every = cases(tokenizer, args.limit, args.tokens, directory.manifest["limits"]["length"])
+    chosen = [case for case in every if case.group in args.groups]
+    file = args.samples or args.build / ("speed-quick.jsonl" if args.quick else "speed.jsonl")
+    samples = measure(ours, chosen, modes, args.rounds, file)
+    engine = directory.manifest["engine"]
+    title = f"{machine()}; {ours.decoder.target.runtime}; weights {engine['weights']}"  # type: ignore[attr-defined]
+    text = "\n\n".join([title, *(table(samples, group, modes) for group in args.groups)])
+    planner = ours.decoder.planner
+    if planner is not None and planner.came:
+        chose = ", ".join(f"{what} {count}" for what, count in planner.chosen.most_common())
+        text += f"\n\nWhat auto chose, by cycles: {chose}. Tokens expected over tokens that came: "
+        text += f"{planner.expected / planner.came:.3f}."
+    if args.peers:
+        from export.checkpoints import locate
+        from export.config import load
+
+        gguf = args.gguf or locate(load(PROMPTS.parents[2] / "pipeline.yaml").target.checkpoint)
+        peers = [Peer(name, args.build, gguf) for name in args.peers]
+        try:
+            text += "\n\n" + beside(ours, peers, tokenizer, chosen, args.rounds)
+        finally:
+            for peer in peers:
+                peer.close()
+    print(text)
+    if args.docs:
+        plot(samples, args.groups, modes, args.docs / "speed.png")
+        (args.docs / "speed-tables.md").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
