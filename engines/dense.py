@@ -13,7 +13,7 @@ from engines.kv_cache import Buffer, KVCache, capacity_for, gather
 
 # Query tokens of a call are padded up to one of these, so that a runtime meets few shapes and has its kernels ready.
 SIZES = (1, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
-LONGEST = 256  # rows of a call at most: of a piece of a prompt, of features to catch up with
+LONGEST = 512  # rows of a call at most: of pieces of prompts, of features to catch up with
 
 
 class DenseEngine(ABC):

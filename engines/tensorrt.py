@@ -181,7 +181,7 @@ class TensorRTEngine(DenseEngine):
             raise EngineError(f"{path}: its bindings are not those that graph.json records ({odd}); {advice}")
         # Calls follow each other on one stream, so their contexts may share one scratch.
         self._scratch = torch.empty(max(1, self.engine.device_memory_size_v2), dtype=torch.uint8, device=self.device)
-        super().__init__(info)
+        super().__init__(info, slots=min(axes["B"][2] for axes in record["profiles"].values()))
 
     def allocate(self, sequences: int, capacity: int) -> list[Buffer]:
         info = self.info

@@ -143,7 +143,7 @@ def test_features_of_many_pieces(served, target):
 
 
 def test_there_is_room_again_after_a_reset(target):
-    numbers = [target.open([n], 300) for n in range(3)]
+    numbers = [target.open([n], 300) for n in range(2)]
     assert target.room(300)
     target.reset()
     assert target.room(300)

@@ -121,6 +121,13 @@ def test_a_call_takes_the_first_profile_that_it_fits_into(compiled):
         one._profile({"B": 2, "N": 9, "C": 256, 3: 3})
 
 
+def test_there_is_room_for_as_many_as_every_profile_takes(compiled):
+    one = engine(compiled)
+    assert one.room(1)
+    one.open([], 1)
+    assert not one.room(1)
+
+
 def test_calls_of_a_cache_that_is_gone_are_dropped(compiled):
     one = engine(compiled)
     a, b = one.open([], 0), one.open([], 0)

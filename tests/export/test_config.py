@@ -33,12 +33,17 @@ def test_the_published_schema_is_current():
         (GOOD + "decoding: {branches: '4'}", 'decoding.branches: found "4", allowed: a valid integer'),
         (
             GOOD + "decoding: {mode: fast}",
-            'decoding.mode: found "fast", allowed: d2sd, dflash, autoregressive, runner_up',
+            'decoding.mode: found "fast", allowed: auto, autoregressive, lookup',
         ),
         (GOOD + "engine: {providers: [cpu, tpu]}", 'engine.providers.1: found "tpu", allowed: cuda, cpu'),
         (
             GOOD + "engine: {precision: f16}",
-            'engine: found {"precision": "f16"}, allowed: precision auto or f32 with backend onnxruntime',
+            'engine: found {"precision": "f16"}, allowed: precision auto, f32 or bf16 with backend openvino',
+        ),
+        (
+            GOOD + "engine: {precision: bf16, backend: onnxruntime}",
+            'engine: found {"precision": "bf16", "backend": "onnxruntime"}, '
+            "allowed: precision auto or f32 with backend onnxruntime",
         ),
         (GOOD + "engine: {precision: f32, backend: tensorrt}", 'engine: found {"precision": "f32", "backend": "tensorrt"}'),
         (
@@ -49,7 +54,10 @@ def test_the_published_schema_is_current():
         (GOOD + "limits: 3", "limits: found 3, allowed: "),
         (GOOD + "triton: {http_port: 8001}", "triton: found"),
         (GOOD + "training: {learning_rate: .nan}", "training.learning_rate: found NaN, allowed: a finite number"),
-        ("target: {checkpoint: a}", "allowed: drafters for decoding.mode d2sd, or decoding.mode autoregressive"),
+        (
+            "target: {checkpoint: a}\ndecoding: {mode: d2sd}",
+            "allowed: drafters for decoding.mode d2sd, or decoding.mode auto, lookup, autoregressive",
+        ),
         ("target: {checkpoint: a}\ndrafters: {first: b}", "drafters.second: missing, required"),
         ("drafters: {first: b}\ntarget: {}", "target.checkpoint: missing, required (a Hugging Face id"),
         ("- 1", "found [1], allowed: a mapping"),

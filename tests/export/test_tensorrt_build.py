@@ -103,7 +103,7 @@ def test_profiles_cover_what_the_engines_are_called_with():
     assert {name: axes["N"] for name, axes in target.items()} == {
         "decode": (1, 1, 1),
         "verify": (1, 40, 40),  # 1 + (K + 1)(γ - 1) = 36 nodes at most, padded
-        "prefill": (1, 128, 256),
+        "prefill": (1, 128, 512),
     }
     assert all(axes["T"] == axes["N"] and axes["C"] == (256, 1024, 2048) for axes in target.values())
     assert target["verify"]["B"] == (1, 1, 4)
@@ -113,8 +113,8 @@ def test_profiles_cover_what_the_engines_are_called_with():
         "B": (1, 1, 4),
         "C": (256, 1024, 2048),
         "N": (1, 8, 32),
-        "M": (1, 128, 256),
-        "T": (2, 136, 288),
+        "M": (1, 128, 512),
+        "T": (2, 136, 544),
     }
 
 
