@@ -51,7 +51,7 @@ def test_a_seed_gives_one_answer_in_every_mode_and_batch(served):
     for mode in MODES:
         for slots in (1, 3):
             running = scheduler(engines, mode, slots)
-            sequences = [Sequence(PROMPTS[2], 24, Sampling(0.8, 50, 0.95, seed)) for seed in range(3)]
+            sequences = [Sequence(PROMPTS[2], 10, Sampling(0.8, 50, 0.95, seed)) for seed in range(3)]
             for sequence in sequences:
                 running.add(sequence)
             while running:
