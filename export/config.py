@@ -14,7 +14,7 @@ from decoding.modes import ModeName, Redraft, Selection
 
 CompiledBackend = Literal["tensorrt", "tensorrt_rtx"]
 Backend = Literal["openvino", "onnxruntime", CompiledBackend]
-Weights = Literal["auto", "f32", "int8", "int4"]
+Weights = Literal["auto", "f32"]
 ALONE: tuple[ModeName, ...] = ("auto", "lookup", "autoregressive")  # what can be decoded without drafters
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -66,7 +66,7 @@ class EngineSection(Section):
     backend: Backend = "openvino"
     weights: Weights = Field(
         "auto",
-        description="auto: as they lie in a quantised GGUF file, else int8 where that keeps the target's answers, else f32",
+        description="of the target; auto: as they lie in a quantised GGUF file, unfolded where there is none; f32: unfolded",
     )
     providers: list[Literal["cuda", "cpu"]] = Field(
         ["cuda", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"

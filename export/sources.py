@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
 from export import checkpoints, ends
-from export.blocks import keep_blocks
+from export.blocks import keep_blocks, unknown_types
 from export.checkpoints import CheckpointError, DrafterCheckpoint
 from export.config import Pipeline, Weights
 from export.drafter import Drafter
@@ -66,7 +66,9 @@ class Sources:
         if graph == "target":
             model = checkpoints.load_target(self.folder)
             if self.gguf and self.weights == "auto":
-                keep_blocks(model, self.gguf)
+                left = keep_blocks(model, self.gguf)
+                if left and (unknown := unknown_types(self.gguf)):
+                    print(f"unfolded, since their type ({', '.join(unknown)}) is not served as it lies: {', '.join(left)}")
             export_target(Target(model, self.layer_ids), path, getattr(torch, dtype))
             config, mask_id = self.config, -1
         else:
