@@ -224,7 +224,7 @@ def read_drafter(path: Path) -> DrafterCheckpoint:
 
 # Fields of ``dflash_config`` that are followed. Newer checkpoints keep two there that older ones have outside.
 MOVED = ("block_size", "rope_parameters", "num_target_layers")
-DFLASH = {"target_layer_ids", "mask_token_id", "confidence_temperature", "attention_mode", "draft_arch", *MOVED}
+DFLASH = {"target_layer_ids", "mask_token_id", TEMPERATURES, "attention_mode", "draft_arch", *MOVED}
 
 
 def _drafter_options(raw: dict[str, Any], name: str) -> dict[str, Any]:
