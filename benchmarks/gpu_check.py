@@ -269,18 +269,17 @@ def cycle(device: str, prefix: int) -> dict[str, float]:
 
 
 def demo(build: Path, limit: int, tokens: int) -> dict[str, Any]:
-    """Greedy answers of a build by plain decoding, DFlash and D²SD (``speed_grid.py``): how many are alike, and how fast.
+    """How fast a build decodes plainly, by DFlash and by D²SD (``benchmarks/speed.py``): its samples.
 
     Raises:
         CalledProcessError: the build cannot be run here; the reason was printed.
     """
-    options = BuildDirectory.open(build).manifest["decoding"]
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "grid.json"
-        command = [sys.executable, str(Path(__file__).with_name("speed_grid.py")), str(build), "--json", str(table)]
-        command += ["--gamma", str(options["block_size"]), "--branches", str(options["branches"])]
-        subprocess.run([*command, "--limit", str(limit), "--tokens", str(tokens)], check=True)
-        return dict(json.loads(table.read_text(encoding="utf-8")))
+        samples = Path(folder) / "speed.jsonl"
+        command = [sys.executable, "-m", "benchmarks.speed", str(build), "--samples", str(samples), "--rounds", "1"]
+        command += ["--groups", "task", "--modes", "dflash", "d2sd", "auto", "--limit", str(limit), "--tokens", str(tokens)]
+        subprocess.run(command, check=True)
+        return {"samples": [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]}
 
 
 class Results:
