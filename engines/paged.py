@@ -132,6 +132,7 @@ class Paged:
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.runtime = graph, graph.runtime
+        self.opened = 0  # a number is never given twice
         self.reset()
 
     @property
@@ -161,7 +162,6 @@ class Paged:
     def reset(self) -> None:
         self.pool = BlockPool(self.graph.cache.shape[1])
         self.held: dict[int, Held] = {}
-        self.opened = 0
 
     def send(self, array: NDArray) -> NDArray:
         return array

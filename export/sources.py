@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,7 +13,7 @@ from engines.engine import GraphInfo
 from export import checkpoints, ends
 from export.blocks import keep_blocks, unknown_types
 from export.checkpoints import CheckpointError, DrafterCheckpoint
-from export.config import Pipeline, Weights
+from export.config import CompiledBackend, Pipeline, Weights
 from export.drafter import Drafter
 from export.onnx_export import export_drafter, export_target
 from export.target import Target
@@ -99,7 +100,9 @@ def open_sources(pipeline: Pipeline) -> Sources:
     """
     located = checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision)
     folder, gguf = checkpoints.open_target(located), located if located.is_file() else None
-    config, weights = checkpoints.target_config(folder), pipeline.engine.weights
+    config = checkpoints.target_config(folder)
+    compiled = pipeline.engine.backend in get_args(CompiledBackend)  # TensorRT's networks are typed: no blocks in them yet
+    weights: Weights = "f32" if compiled else pipeline.engine.weights
     if pipeline.limits.length > config.max_position_embeddings:
         raise CheckpointError(
             f"limits.length: found {pipeline.limits.length}, allowed: up to {config.max_position_embeddings}, "

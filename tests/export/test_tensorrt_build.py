@@ -139,7 +139,7 @@ def test_a_graph_that_the_library_cannot_read_is_refused_with_its_reason(tmp_pat
         build_engine("tensorrt_rtx", path, tmp_path / "engine", {}, tmp_path / "timings")
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", [pytest.param("target", marks=pytest.mark.slow), "first", "second"])
 def test_the_demos_engines(tmp_path, graph):
     pipeline = load(ROOT / "pipeline.yaml")
     engine = pipeline.engine.model_copy(update={"backend": "tensorrt_rtx"})
