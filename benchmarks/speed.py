@@ -319,6 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
                 peer.close()
     print(text)
     if args.docs:
+        args.docs.mkdir(parents=True, exist_ok=True)
         plot(samples, args.groups, modes, args.docs / "speed.png")
         (args.docs / "speed-tables.md").write_text(text + "\n", encoding="utf-8")
     return 0
