@@ -3,6 +3,7 @@
 import secrets
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,7 +120,7 @@ def speculation(piece: Piece) -> Json | None:
     }
 
 
-class Reply:
+class Reply(ABC):
     """The responses to one request. What differs between the two endpoints stands in the subclasses."""
 
     prefix: str
@@ -136,21 +137,21 @@ class Reply:
         self.opened: set[int] = set()
         self.offsets: dict[int, int] = {}
 
+    @abstractmethod
     def opening(self) -> Json | None:
         """What a sequence's stream begins with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str) -> Json:
         """What a piece of a stream holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, text: str) -> Json:
         """What a whole answer holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, scores: Sequence[TokenScore], offset: int) -> Json:
         """What is told of tokens. offset: characters of the text before them."""
-        raise NotImplementedError
 
     def chunks(self, index: int, ask: Ask, piece: Piece) -> list[Json]:
         """What a piece of the sequence ``index`` adds to the stream.
