@@ -82,6 +82,7 @@ class Ours:
 
     def run(self, case: Case, mode: ModeName, seed: int) -> dict[str, float]:
         """Answer a case's prompts; returns tokens, target passes, and seconds."""
+        self.decoder.reset()  # or whoever comes second would find the prompts computed
         scheduler = Scheduler(self.decoder, len(case.prompts), self.costs)
         sampling = [Sampling(case.temperature, seed=seed + i) for i in range(len(case.prompts))]
         sequences = [Sequence(list(p), case.tokens, s, mode=mode) for p, s in zip(case.prompts, sampling, strict=True)]

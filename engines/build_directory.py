@@ -116,7 +116,8 @@ class BuildDirectory:
         return make
 
     def costs(self, target: Any, first: Any, second: Any, again: bool = False, say: Callable[[str], None] = print) -> Costs:
-        """What calls of these engines take on this machine: what the build's file says, or measured now.
+        """What calls of these engines take on this machine: what the build's file says, or measured now. The engines
+        have been run when this returns.
 
         Args:
             again: measure, whatever the file says. say: told of the progress.
@@ -130,12 +131,14 @@ class BuildDirectory:
         }
         file = self.path / "costs.json"
         known = None if again else costs.load(file, identity)
+        drafters = [drafter for drafter in (first, second) if drafter is not None]
+        about = target, drafters, graphs["target"]["info"]["feature_width"], self.manifest["limits"]["length"]
         if known is None:
             say(f"costs: measuring what calls take on {identity['machine']}")
-            info = graphs["target"]["info"]
-            drafters = [drafter for drafter in (first, second) if drafter is not None]
-            known = costs.measure(target, drafters, info["feature_width"], self.manifest["limits"]["length"], say)
+            known = costs.measure(*about, say)
             costs.save(file, identity, known)
+        else:
+            costs.meet(*about)
         return known
 
     def check_machine(self) -> None:

@@ -27,7 +27,8 @@ Seconds = NDArray[np.float64]
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
 REACH = 0.03  # weight of a call in the correction
-FORM = 1  # of the file
+LOOKED_UP = 512  # rows; larger calls are reckoned from there
+FORM = 2  # of the file
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Table:
         rows: measured sizes. seconds: of a call of as many, one sequence, short context.
         widths: sizes measured with a long context too. context: seconds for each token in the cache at these.
         sequence: seconds for each further sequence.
+        steps: numbers of rows up to which smaller calls are filled; of an engine that takes any number, none.
         correction: what calls took, of what the table says, by measured size.
     """
 
@@ -46,30 +48,40 @@ class Table:
     widths: list[int]
     context: list[float]
     sequence: float
+    steps: list[int] = field(default_factory=list)
     correction: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.correction = self.correction or [1.0] * len(self.rows)
-        self._rows, self._seconds = np.array(self.rows, float), np.array(self.seconds)
-        self._widths, self._context = np.array(self.widths, float), np.array(self.context)
-        self._correction = np.array(self.correction)
+        self._sizes, self._correction = np.array(self.rows, float), np.array(self.correction)
+        rows = np.arange(LOOKED_UP + 1)
+        steps = np.array([0, *self.steps, LOOKED_UP])
+        self._filled = np.where(rows <= steps[-2], steps[np.searchsorted(steps, rows)], rows)
+        self._base = np.interp(self._filled, self._sizes, self.seconds)
+        beyond = np.maximum(self._filled - self.rows[-1], 0)
+        self._base += beyond * (self.seconds[-1] / self.rows[-1])
+        self._each = np.interp(rows, self.widths, self.context)
+        self._correct()
+
+    def _correct(self) -> None:
+        self._factor = np.interp(self._filled, self._sizes, self._correction)
 
     def __call__(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
         """Seconds of calls of ``rows`` each (int64 array); calls larger than any measured are reckoned by their last step."""
-        base = np.interp(rows, self._rows, self._seconds)
-        beyond = np.maximum(rows - self._rows[-1], 0)
-        base = base + beyond * (self._seconds[-1] / self._rows[-1])
-        each = np.interp(rows / max(sequences, 1), self._widths, self._context)
-        factor = np.interp(rows, self._rows, self._correction)
-        return factor * (base + context * each + max(sequences - 1, 0) * self.sequence)
+        known = np.minimum(rows, LOOKED_UP)
+        each = self._each[known // max(sequences, 1)]
+        seconds: Seconds = self._factor[known] * (self._base[known] + context * each + max(sequences - 1, 0) * self.sequence)
+        return seconds * (np.maximum(rows, LOOKED_UP) / LOOKED_UP)
 
     def observe(self, rows: int, sequences: int, context: int, seconds: float) -> None:
         """A call was made. One that was held up by something else counts as twice what was expected, at most."""
         expected = float(self(np.array([rows]), sequences, context)[0])
         ratio = np.clip(seconds / max(expected, 1e-6), 0.5, 2.0)
-        distance = np.abs(np.log((self._rows + 1) / (rows + 1)))
+        filled = self._filled[min(rows, LOOKED_UP)]
+        distance = np.abs(np.log((self._sizes + 1) / (filled + 1)))
         near = np.exp(-((distance / 0.3) ** 2))  # sizes a third larger or smaller learn with it
         self._correction = np.clip(self._correction * (1 + REACH * near * (ratio - 1)), 0.2, 5.0)
+        self._correct()
 
 
 class Costs:
@@ -137,11 +149,22 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
     began = time.monotonic()
     long = min(LONG, most - max(SIZES) - 1)
     tables = {"target": _table(_TargetCalls(target, most), long)}
+    if fit := getattr(target, "fit", None):
+        tables["target"].steps = sorted({fit(n) for n in range(1, 65)})
     say(f"costs: the target is measured, {time.monotonic() - began:.0f} s")
     for name, drafter in zip(("first", "second"), drafters, strict=False):
         tables[name] = _table(_DrafterCalls(drafter, width, most), long)
         say(f"costs: the {name} drafter is measured, {time.monotonic() - began:.0f} s")
     return Costs(tables)
+
+
+def meet(target: Any, drafters: Sequence[Any], width: int, most: int) -> None:
+    """Make the calls that every answer will make, so that the first answer does not wait for what happens only once."""
+    for calls, sizes in ((_TargetCalls(target, most), (1, 2, 4, 8, 12)), *((_DrafterCalls(d, width, most), (8,)) for d in drafters)):
+        one = calls.open(1)
+        for n in sizes:
+            calls.call([one], n)
+        calls.engine.reset()
 
 
 class _TargetCalls:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import EngineError, GraphInfo
+from engines.memory import free_memory
 from engines.paged import BLOCK
 
 ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
@@ -19,6 +20,9 @@ Precision = str
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
+SIZES = (1, 8, 4, 12, 2)  # rows of calls that get a form of their own, the most useful first
+FORMS = 1 / 8  # of the memory that is free, for their weights
+STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met
 
 
 def require() -> Any:
@@ -50,11 +54,17 @@ def _has(*features: str) -> bool:
 
 
 class OpenVinoGraph:
-    """A graph in OpenVINO.
+    """A graph in OpenVINO, compiled once for any number of rows, and once for each of a target's usual ones.
+
+    A call of another shape than the one before it works out the shapes of a thousand nodes anew, as long as three more rows take;
+    where the number of rows stands fast nothing has to be worked out (docs/engines.md).
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
         blocks: of the pool.
+
+    Attributes:
+        sizes: numbers of rows that have a form of their own: as many as memory is left for.
 
     Raises:
         EngineError: the file is broken, or of another version of OpenVINO.
@@ -64,11 +74,11 @@ class OpenVinoGraph:
         ov = require()
         self.info = info
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}"
-        core = ov.Core()
-        core.add_extension(_as_paged_attention(ov, info))
+        self._ov, self._core = ov, ov.Core()
+        self._core.add_extension(_as_paged_attention(ov, info))
         other = folder / "zero-points-paged.onnx"
         path = other if other.exists() and not _has("avx512_vnni", "avx_vnni") else folder / "paged.onnx"
-        options = {
+        self._options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
@@ -76,40 +86,62 @@ class OpenVinoGraph:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(ROUNDED),
         }
         kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
+        shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
+        self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
+        # A request does not keep alive what it reads in place.
+        self._held = {
+            f"past_{name}": ov.Tensor(rows, list(rows.shape), kind) if precision == "bf16" else ov.Tensor(rows, shared_memory=True)
+            for name, rows in zip(info.cache_bindings, self.cache, strict=True)
+        }
+        weights = sum(file.stat().st_size for file in folder.glob("*.data"))
+        forms = 0 if info.mask_id >= 0 else int(FORMS * free_memory() / max(weights, 1))
+        self.sizes = tuple(sorted(SIZES[:forms]))
+        self._requests: dict[int, Any] = {}
         try:
-            model = core.read_model(path)
-            for binding in model.inputs:
-                if binding.get_any_name().removeprefix("past_") in info.cache_bindings:
+            self._model = self._core.read_model(path)
+            for binding in self._model.inputs:
+                if binding.get_any_name() in self._held:
                     binding.get_node().set_element_type(kind)
-            model.reshape({binding: _shape(binding, info) for binding in model.inputs})
-            self._request = core.compile_model(model, "CPU", options).create_infer_request()
+            self._request(0)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise EngineError(f"{path}: OpenVINO cannot load it ({reason}); build again: python export/build.py") from None
-        shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
-        self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
-        self._held = []  # a request does not keep alive what it reads in place
-        for name, rows in zip(info.cache_bindings, self.cache, strict=True):
-            tensor = ov.Tensor(rows, list(rows.shape), kind) if precision == "bf16" else ov.Tensor(rows, shared_memory=True)
-            self._request.set_tensor(f"past_{name}", tensor)
-            self._held.append(tensor)
-        self._tensor = ov.Tensor
-        self._outputs = [output.get_any_name() for output in self._request.model_outputs]
+        self._outputs = [output.get_any_name() for output in self._requests[0].model_outputs]
+
+    def _request(self, rows: int) -> Any:
+        """What runs calls of so many rows, or with 0 of any number; compiled when it is first asked for."""
+        if rows not in self._requests:
+            model = self._model.clone()
+            model.reshape({binding: _shape(binding, self.info, rows) for binding in model.inputs})
+            request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
+            for name, tensor in self._held.items():
+                request.set_tensor(name, tensor)
+            self._requests[rows] = request
+        return self._requests[rows]
+
+    def fit(self, rows: int) -> int:
+        if self.sizes and rows <= self.sizes[-1]:
+            return next(size for size in self.sizes if size >= rows)
+        return -(-rows // STEP) * STEP
 
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
+        rows = len(inputs["asked"]) if "asked" in inputs and len(inputs["asked"]) == inputs["token_ids"].shape[1] else 0
+        request = self._request(rows if rows in self.sizes else 0)
         for name, value in inputs.items():
-            self._request.set_tensor(name, self._tensor(value, shared_memory=bool(value.size and value.ndim)))
-        self._request.infer()
-        return {name: self._request.get_tensor(name).data for name in self._outputs}
+            request.set_tensor(name, self._ov.Tensor(value, shared_memory=bool(value.size and value.ndim)))
+        request.infer()
+        return {name: request.get_tensor(name).data for name in self._outputs}
 
 
-def _shape(binding: Any, info: GraphInfo) -> Any:
-    """A binding's, as far as it is known: one row of tokens, and blocks of a pool."""
+def _shape(binding: Any, info: GraphInfo, rows: int) -> Any:
+    """A binding's, as far as it is known: one row of tokens, as many as ``rows`` or any number, and blocks of a pool."""
     name, shape = binding.get_any_name(), binding.get_partial_shape()
     if name.removeprefix("past_") in info.cache_bindings:
         shape[2] = BLOCK
     elif name in ("token_ids", "positions", "features", "block_ids"):
         shape[0] = 1
+    if rows and name in ("token_ids", "positions", "asked"):
+        shape[len(shape) - 1] = rows
     return shape
 
 

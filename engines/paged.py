@@ -122,6 +122,9 @@ class Graph(Protocol):
     runtime: str
     cache: NDArray  # [2·layers, blocks, Hkv, BLOCK, D], K and V of layer 0, of layer 1, …
 
+    def fit(self, rows: int) -> int:
+        """How many rows a call of so many had better have; more of them come at the end, and mean nothing."""
+
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
         """Run over rows; K/V of all of them are written behind what their sequences hold. The next run overwrites the
         outputs."""
@@ -231,6 +234,7 @@ class PagedTarget(Paged):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
+        self.fit = graph.fit
         self.rows = np.zeros((graph.cache.shape[1], BLOCK, graph.info.feature_width), np.float32)
 
     def forward(
@@ -244,11 +248,13 @@ class PagedTarget(Paged):
     ) -> RaggedPass:
         held = [self.held[sequence] for sequence in sequences]
         starts = _begins(counts)
-        speaking = int(starts[len(counts) - silent])
-        inputs = self.layout(held, counts, [own[:n, :n] for own, n in zip(mask, counts, strict=True)])
-        inputs["token_ids"] = np.concatenate([row[:n] for row, n in zip(token_ids, counts, strict=True)])[None]
-        inputs["positions"] = np.concatenate([row[:n] for row, n in zip(positions, counts, strict=True)])[None]
-        inputs["asked"] = np.arange(max(speaking, 1))
+        total, speaking = int(starts[-1]), int(starts[len(counts) - silent])
+        more = self.graph.fit(total) - total
+        masks = [own[:n, :n] for own, n in zip(mask, counts, strict=True)]
+        inputs = self.layout(held, [*counts[:-1], counts[-1] + more], [*masks[:-1], _wider(masks[-1], more)])
+        inputs["token_ids"] = _row([row[:n] for row, n in zip(token_ids, counts, strict=True)], more)
+        inputs["positions"] = _row([row[:n] for row, n in zip(positions, counts, strict=True)], more)
+        inputs["asked"] = np.arange(max(speaking, 1) if silent else total + more)
         made = self.graph.run(inputs)
         self._last, self._starts, self._features = held, starts, made["features"][0]
         return RaggedPass(made["logits"][0], starts.astype(np.int64))
@@ -294,14 +300,14 @@ class PagedDrafter(Paged):
         held = [self.held[sequence] for sequence in sequences]
         batch, n = block_ids.shape
         new = [len(own) for own in features]
-        total = max(sum(new), 1)  # a graph is never given nothing
+        total = self.graph.fit(max(sum(new), 1))  # a graph is never given nothing
+        more = total - sum(new)
         rows = np.zeros((1, total, self.graph.info.feature_width), np.float32)
         if sum(new):
-            np.concatenate(features, out=rows[0])
+            np.concatenate(features, out=rows[0, : sum(new)])
         blocks = block_ids.reshape(1, -1) if n else np.full((1, 1), self.mask_id)
         committed = [one.length + np.arange(m) for one, m in zip(held, new, strict=True)]
-        lone = [np.zeros(1, np.int64)]
-        at = np.concatenate([*(committed if sum(new) else lone), *([positions.reshape(-1)] if n else lone)])
+        at = np.concatenate([*committed, np.zeros(more, np.int64), positions.reshape(-1) if n else np.zeros(1, np.int64)])
         key, query, out = [], [], []
         begin = 0
         for b, m in enumerate(new):
@@ -311,9 +317,10 @@ class PagedDrafter(Paged):
             out.append(np.arange(n) + begin + m + n)
             begin += m + 2 * n
         counts = [m + 2 * n for m in new]
-        inputs = self.layout(held, counts, [_twice(m, own) for m, own in zip(new, mask, strict=True)])
+        masks = [_twice(m, own) for m, own in zip(new, mask, strict=True)]
+        inputs = self.layout(held, [*counts[:-1], counts[-1] + more], [*masks[:-1], _wider(masks[-1], more)])
         inputs |= {"features": rows, "block_ids": blocks, "positions": at[None]}
-        inputs |= {"key_rows": np.concatenate(key), "query_rows": np.concatenate(query)}
+        inputs |= {"key_rows": _row(key, more)[0], "query_rows": _row(query, more)[0]}
         inputs["out_rows"] = np.concatenate(out) if n else np.zeros(1, np.int64)
         made = self.graph.run(inputs)
         for one, m in zip(held, new, strict=True):
@@ -332,6 +339,20 @@ def _twice(features: int, mask: Bools) -> Bools:
     sees[features + n :, features : features + n] = mask
     sees[features + n :, features + n :] = False
     return sees
+
+
+def _wider(mask: Bools, more: int) -> Bools:
+    """With more rows that see themselves alone, and that nothing else sees."""
+    if not more:
+        return mask
+    wider = np.eye(len(mask) + more, dtype=bool)
+    wider[: len(mask), : len(mask)] = mask
+    return wider
+
+
+def _row(parts: Sequence[NDArray[np.int64]], more: int) -> NDArray[np.int64]:
+    """``[1, R]``: parts one behind the other, and as many zeros as are wanted."""
+    return np.concatenate([*parts, np.zeros(more, np.int64)])[None]
 
 
 def sequence_blocks(rows: int) -> int:
