@@ -6,7 +6,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 from numpy.typing import NDArray
 
-from decoding import best_first, boundary, sources
+from decoding import best_first, boundary, prefix_tree, sources
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
 from decoding.engines import Array, TargetEngine
@@ -45,12 +45,16 @@ class Auto:
         """
         own = [sequences[b] for b in members]
         self.reach = self.planner.reach
-        proposed = self.text.propose(own)
         here = np.array([s.anchor for s in own], dtype=np.int64)
-        texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
         lags = [[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)]
         contexts = np.array([s.computed for s in own], dtype=np.int64)
-        self.now = Situation(own, self._values(texts), np.array(lags), contexts, others, other_context)
+        nothing = np.zeros((len(own), self.reach - 1))
+        self.now = Situation(own, nothing, np.array(lags), contexts, others, other_context)
+        if self.planner.hopeless(self.now, self.text.worth(own)):
+            texts = prefix_tree.merge(here, here[:, None, None][..., :0])
+        else:
+            texts = best_first.grow(here, [self.text.propose(own)], self.reach, self.calibration.factors)
+            self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
         alone = [b for b in range(len(own)) if b not in drafted]
@@ -58,8 +62,10 @@ class Auto:
         for mode, places in ((MODES["first_text"], drafted), (MODES["lookup"], alone)):
             if places:
                 group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
-                group.nodes, group.text = self.reach, proposed.of(places).sent(self.target)
-                if not mode.drafts:
+                group.nodes = self.reach
+                if mode.drafts:
+                    group.text = self.text.propose(group.sequences).sent(self.target)
+                else:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))
         self.known = is_numpy_namespace(array_namespace(anchors))

@@ -24,12 +24,16 @@ from decoding.sequence import Sequence
 Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of a tree, most valuable first
 
 NODES = 48  # of a tree, at most
-MARGIN = 0.02  # of a cycle's tokens: a step must promise more than that beyond what it costs
+MARGIN = 0.08  # of a cycle's tokens: a step must promise more than that beyond what it costs
 BUDGET = 0.01  # share of the time that may be spent on finding out
+REST = 7  # cycles for which nothing is reckoned anew, where the text proposes nothing and drafts would not pay
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
 RATE_MEMORY = 1 / 128  # and in the rate
+# What is chosen for its promise keeps less of it than what is promised on average: tokens that came of those promised, to begin
+# with, and how many promised ones that counts for. Both fade.
+KEPT, KEPT_WEIGHT, KEPT_MEMORY = 0.8, 12.0, 1 / 64
 LEVEL_MEMORY = 16.0  # tokens of a sequence's drafts that count as much as all that is known of others
 # Of a tree with a first draft, before any was seen: the value of its 1st node, and of each further one to that before it.
 PRIOR = (0.45, 0.62), (0.55, 0.7), (0.8, 0.85)
@@ -44,13 +48,14 @@ class Plan:
         drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
         nodes: rows that each verifies, the anchor's among them; set by the last step.
         probing: whether it drafts or redrafts to find out.
-        expected: tokens that it should commit. seconds: that it should take.
+        promised: tokens that its nodes' values sum to. expected: that it should commit. seconds: that it should take.
     """
 
     drafted: list[int]
     branches: int = 0
     nodes: list[int] = field(default_factory=list)
     probing: bool = False
+    promised: float = 0.0
     expected: float = 0.0
     seconds: float = 0.0
 
@@ -92,14 +97,20 @@ class Planner:
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
         self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
+        self.kept = {kind: (KEPT * KEPT_WEIGHT, KEPT_WEIGHT) for kind in ("text", "draft")}  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
+        self.rest = self.rested = 0  # cycles without a look at drafts, and of how many sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
         self.expected = self.came = self.predicted = 0.0
 
     def begin(self, now: Situation) -> Plan:
         """Step 1: which sequences to draft for."""
+        silent = not now.text.any()
+        if silent and self.rest and self.rested == len(now.sequences):
+            self.rest -= 1
+            return Plan([])
         plain = self._verify(now, now.text, 0.0)
         if not self.drafts:
             return Plan([])
@@ -119,7 +130,11 @@ class Planner:
             self.patience["draft"] = 1.0
             return Plan(sorted(order[:chosen]))
         price = self._drafting(now, order[:1], 0, at_once=True)
-        return Plan(order[:1], probing=True) if self._probes("draft", price, self._drafting(now, order[:1], 0)) else Plan([])
+        if self._probes("draft", price, self._drafting(now, order[:1], 0)):
+            return Plan(order[:1], probing=True)
+        if silent:
+            self.rest, self.rested = REST, len(order)
+        return Plan([])
 
     def redraft(self, now: Situation, plan: Plan, values: NDArray[np.float64], shares: NDArray[np.float64]) -> None:
         """Step 2: how many branches the second drafter fills.
@@ -148,16 +163,26 @@ class Planner:
 
     def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
+        if not plan.drafted and not values.any():
+            size, context = len(values), int(now.contexts.sum()) + now.other_context
+            plan.nodes, plan.expected = [1] * size, float(size)
+            plan.seconds = float(self.costs.target(np.array([now.others + size]), size, context)[0])
+            return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
         best = self._verify(now, values, spent)
-        plan.nodes, plan.expected, plan.seconds = best.nodes, best.expected, best.seconds
+        plan.nodes, plan.expected, plan.seconds, plan.promised = best.nodes, best.expected, best.seconds, best.promised
         self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
 
     def learn(self, now: Situation, plan: Plan, came: int) -> None:
         """After a cycle. came: tokens committed."""
         kind = "redraft" if plan.branches else "draft" if plan.drafted else "text" if max(plan.nodes) > 1 else "plain"
         self.chosen[f"{kind}, probing" if plan.probing else kind] += 1
+        if plan.promised:
+            trusted = "draft" if plan.drafted else "text"
+            kept, promised = self.kept[trusted]
+            fading = 1 - KEPT_MEMORY
+            self.kept[trusted] = kept * fading + came - len(plan.nodes), promised * fading + plan.promised
         self.expected += plan.expected
         self.came += came
         self.predicted += plan.seconds
@@ -232,7 +257,9 @@ class Planner:
         pool = values.reshape(-1)
         order = np.argsort(-pool, kind="stable")
         order = order[: int((pool > 1e-3).sum())]
-        expected = len(values) + np.concatenate([[0.0], np.cumsum(pool[order])])
+        kept, promised = self.kept["draft" if spent else "text"]
+        promises = np.concatenate([[0.0], np.cumsum(pool[order])])
+        expected = len(values) + promises * min(1.0, kept / promised)
         rows = now.others + len(values) + np.arange(len(order) + 1)
         context = int(now.contexts.sum()) + now.other_context
         seconds = spent + self.costs.target(rows, len(values), context)
@@ -241,7 +268,13 @@ class Planner:
         if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
             best = 0
         nodes = 1 + np.bincount(order[:best] // max(size, 1), minlength=len(values))
-        return _Verified(float(gain[best]), nodes.tolist(), float(expected[best]), float(seconds[best]))
+        return _Verified(float(gain[best]), nodes.tolist(), float(promises[best]), float(expected[best]), float(seconds[best]))
+
+    def hopeless(self, now: Situation, worth: NDArray[np.float64]) -> bool:
+        """Whether no number of nodes pays. worth: ``[N]``, tokens that the first 1, 2, … nodes of all are worth, at most."""
+        rows = now.others + len(now.sequences) + np.arange(len(worth) + 1)
+        seconds = self.costs.target(rows, len(now.sequences), int(now.contexts.sum()) + now.other_context)
+        return bool((worth <= (seconds[1:] - seconds[0]) * self._rate(now)).all())
 
     def _rate(self, now: Situation) -> float:
         """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that."""
@@ -264,6 +297,7 @@ class Planner:
 class _Verified:
     gain: float
     nodes: list[int]
+    promised: float
     expected: float
     seconds: float
 

@@ -117,6 +117,10 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
     xp = array_namespace(branches)
     batch, width, length = branches.shape
     here = {"device": device(branches), "dtype": xp.int64}
+    top = xp.zeros((batch, 1), **here)
+    if not length:
+        seen, unsaid = xp.ones((batch, 1, 1), dtype=xp.bool, device=here["device"]), xp.astype(top, xp.float32)
+        return PrefixTree(anchors[:, None], top - 1, top, seen, unsaid, top, [1] * batch, 0)
 
     def flat(x: Array) -> Array:
         return xp.reshape(x, (batch, width * length, *x.shape[3:]))
@@ -127,7 +131,7 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
     makes = flat(maker == xp.arange(width, **here)[:, None])
     number = xp.reshape(xp.cumulative_sum(xp.astype(makes, xp.int64), axis=-1), branches.shape)
     node = xp.take_along_axis(number, maker, axis=1)
-    parent = xp.concat([xp.zeros_like(node[..., :1]), node], axis=-1)[..., :-1] if length else node
+    parent = xp.concat([xp.zeros_like(node[..., :1]), node], axis=-1)[..., :-1]
 
     most, counts = width * length, [1 + width * length] * batch
     if is_numpy_namespace(xp):
@@ -140,14 +144,13 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
         """Of each node but the anchor."""
         return xp.where(real, xp.take_along_axis(values, order, axis=-1), filler)
 
-    depths = xp.where(real, order % max(length, 1) + 1, 0)
+    depths = xp.where(real, order % length + 1, 0)
     steps = node[..., None] == xp.arange(1 + most, **here)
     paths = flat(xp.cumulative_sum(xp.astype(steps, xp.int64), axis=2)) > 0  # [B, W·L, N], without the anchor
     mask = xp.zeros((batch, 1 + most, 1 + most), dtype=xp.bool, device=here["device"])
     mask[:, 1:] = xp.take_along_axis(paths, order[..., None], axis=1) & real[..., None]
     mask[:, 1:, 0] = real
     mask[:, 0, 0] = True
-    top = xp.zeros((batch, 1), **here)
     unsaid = xp.zeros((batch, 1 + most), **here)
     return PrefixTree(
         tokens=xp.concat([anchors[:, None], nodes(flat(branches), 0)], axis=-1),

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from decoding.sequence import Sequence
 from decoding.sources import TEXT, Source
@@ -21,6 +22,7 @@ SEEN_SECOND = np.array([16, 28, 35, 43, 48, 52, 56, 60, 62, 64, 66, *[70] * 10])
 assert len(SEEN) == len(SEEN_SECOND) == LONGEST + 1
 WEIGHT = 50.0  # observations that these count for
 OWN_WEIGHT = 8.0  # observations of one text that those of all texts count for
+LEAST = 0.02  # of a node's value that is worth a look
 MEMORY = 2000.0  # observations that are remembered, about; older ones fade
 
 
@@ -82,6 +84,27 @@ class Text:
         self.open.clear()
         self.proposed.clear()
 
+    def look(self, sequence: Sequence) -> list[Continuation]:
+        """What followed earlier matches of a sequence's last tokens."""
+        if sequence not in self.open:
+            self.open[sequence] = (TextIndex(sequence.tokens), Hits())
+        if sequence not in self.proposed:
+            self.proposed[sequence] = self.open[sequence][0].lookup()
+        return self.proposed[sequence]
+
+    def worth(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
+        """How many tokens the first 1, 2, … ``HEIGHT`` nodes for each sequence are worth together, at most."""
+        curve = np.zeros(HEIGHT)
+        for sequence in sequences:
+            for continuation in self.look(sequence):
+                own, value, left = self.open[sequence][1], 1.0, continuation.left or 0
+                for depth in range(left, len(continuation.tokens)):
+                    value *= self._rate(own, continuation.rate(depth))
+                    if value < LEAST:
+                        break
+                    curve[depth - left] += value
+        return np.cumsum(curve)
+
     def propose(self, sequences: Many[Sequence]) -> Source:
         """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes."""
         states = 2 + CONTINUATIONS * HEIGHT  # the anchor, the end, and a node for each token
@@ -89,12 +112,9 @@ class Text:
         tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)
         probabilities = np.zeros(shape, dtype=np.float32)
         for b, sequence in enumerate(sequences):
-            if sequence not in self.open:
-                self.open[sequence] = (TextIndex(sequence.tokens), Hits())
-            index, own = self.open[sequence]
-            self.proposed[sequence] = index.lookup()
-            node = 2
-            for option, continuation in enumerate(self.proposed[sequence]):
+            node, continuations = 2, self.look(sequence)
+            own = self.open[sequence][1]
+            for option, continuation in enumerate(continuations):
                 state = 0
                 for depth, token in enumerate(continuation.tokens):
                     if depth < (continuation.left or 0):

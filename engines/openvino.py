@@ -20,7 +20,7 @@ Precision = str
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
-SIZES = (1, 8, 4, 12, 2)  # rows of calls that get a form of their own, the most useful first
+SIZES = (1, 8, 4, 12)  # rows of calls that get a form of their own, the most useful first
 FORMS = 1 / 8  # of the memory that is free, for their weights
 STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met
 
@@ -90,7 +90,9 @@ class OpenVinoGraph:
         self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
         # A request does not keep alive what it reads in place.
         self._held = {
-            f"past_{name}": ov.Tensor(rows, list(rows.shape), kind) if precision == "bf16" else ov.Tensor(rows, shared_memory=True)
+            f"past_{name}": ov.Tensor(rows, list(rows.shape), kind)
+            if precision == "bf16"
+            else ov.Tensor(rows, shared_memory=True)
             for name, rows in zip(info.cache_bindings, self.cache, strict=True)
         }
         weights = sum(file.stat().st_size for file in folder.glob("*.data"))

