@@ -97,7 +97,7 @@ class Planner:
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
         self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
-        self.kept = {kind: (KEPT * KEPT_WEIGHT, KEPT_WEIGHT) for kind in ("text", "draft")}  # tokens that came, and promised
+        self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
         self.rest = self.rested = 0  # cycles without a look at drafts, and of how many sequences

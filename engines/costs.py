@@ -26,6 +26,7 @@ Seconds = NDArray[np.float64]
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
+FIRST = (1, 4, 8, 12)  # rows that nobody should have to wait for
 REACH = 0.06  # weight of a call in the correction
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
@@ -167,7 +168,7 @@ def meet(target: Any, drafters: Sequence[Any], width: int, most: int) -> None:
         *((_DrafterCalls(d, width, most), (8,)) for d in drafters),
     ):
         one = calls.open(1)
-        for n in sizes:
+        for n in FIRST:
             calls.call([one], n)
         calls.engine.reset()
 

@@ -56,8 +56,8 @@ def _has(*features: str) -> bool:
 class OpenVinoGraph:
     """A graph in OpenVINO, compiled once for any number of rows, and once for each of a target's usual ones.
 
-    A call of another shape than the one before it works out the shapes of a thousand nodes anew, as long as three more rows take;
-    where the number of rows stands fast nothing has to be worked out (docs/engines.md).
+    A call of another shape than the one before it works out the shapes of a thousand nodes anew, which takes as long as three
+    more rows; where the number of rows stands fast there is nothing to work out (docs/engines.md).
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
