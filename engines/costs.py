@@ -163,10 +163,8 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
 
 def meet(target: Any, drafters: Sequence[Any], width: int, most: int) -> None:
     """Make the calls that every answer will make, so that the first answer does not wait for what happens only once."""
-    for calls, sizes in (
-        (_TargetCalls(target, most), (1, 4, 8, 12)),
-        *((_DrafterCalls(d, width, most), (8,)) for d in drafters),
-    ):
+    every: list[Any] = [_TargetCalls(target, most), *(_DrafterCalls(drafter, width, most) for drafter in drafters)]
+    for calls in every:
         one = calls.open(1)
         for n in FIRST:
             calls.call([one], n)
