@@ -4,7 +4,9 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
+from client import trace
 from client.client import USUAL, Client, Message, Options, ServiceError
 
 
@@ -25,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--http", action="store_true", help="ask over HTTP instead of gRPC")
     parser.add_argument("--address", help=f"host:port (default: {USUAL['grpc']}, with --http {USUAL['http']})")
     parser.add_argument("--json", action="store_true", help="print the answer and its figures as JSON")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="how the answer came about: .html is a page, .json for Perfetto"
+    )
     args = parser.parse_args(arguments)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     messages: list[Message] = [{"role": "user", "content": text}]
@@ -34,11 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
         *(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.stop),
         mode=args.mode,
         parse_special=args.parse_special or None,
+        trace=args.trace is not None or None,
     )
     client = Client(args.address, "http" if args.http else "grpc")
     prompt = text if args.raw else messages
     began = time.monotonic()
     try:
+        if args.trace:
+            trace.check(args.trace)
         if args.stream and not args.json:
             for piece in client.stream(prompt, options):
                 print(piece.text, end="", flush=True)
@@ -48,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             answer = client.generate(prompt, options)
             if not args.json:
                 print(answer.text)
-    except (ServiceError, ValueError) as error:
+        if args.trace and answer.trace is not None:
+            trace.write(answer.trace, args.trace, text)
+    except (ServiceError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

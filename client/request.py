@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 import numpy as np
@@ -55,6 +55,7 @@ class Options:
             0 for the answer's own alone; None for none.
         prompt_logprobs: whether they are told at each place of the prompt too.
         ignore_eos: whether the answer goes on behind a token that would end it.
+        trace: whether the last piece tells how every token came about (``client.trace`` shows it).
     """
 
     max_tokens: int | None = None
@@ -72,6 +73,7 @@ class Options:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: bool | None = None
+    trace: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Piece:
         input_tokens: tokens of the prompt.
         draft_tokens: verified so far. acceptance: how many of the passes so far accepted 0, 1, … of them.
         logprobs: of the new tokens, if they were asked for. prompt_logprobs: of the prompt's, in the first piece.
+        trace: in the last piece, if it was asked for (docs/triton.md).
     """
 
     text: str
@@ -108,6 +111,7 @@ class Piece:
     acceptance: tuple[int, ...] = ()
     logprobs: tuple[TokenScore, ...] = ()
     prompt_logprobs: tuple[TokenScore, ...] = ()
+    trace: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def join(pieces: Sequence[Piece]) -> Answer:
         *(last.draft_tokens, last.acceptance),
         logprobs=tuple(score for piece in pieces for score in piece.logprobs),
         prompt_logprobs=pieces[0].prompt_logprobs,
+        trace=last.trace,
     )
 
 
@@ -157,7 +162,7 @@ def fields_of(prompt: Prompt, options: Options, stream: bool) -> dict[str, Any]:
         named["prompt_ids"] = list(prompt)
     else:
         named["messages"] = json.dumps(list(prompt), ensure_ascii=False)
-    named |= {field.name: getattr(options, field.name) for field in fields(options)}
+    named |= {option.name: getattr(options, option.name) for option in fields(options)}
     if (top := named.pop("logprobs")) is not None:
         named |= {"return_log_probs": True, "num_top_log_probs": top}
     named["return_prompt_log_probs"] = named.pop("prompt_logprobs")
@@ -206,6 +211,7 @@ def from_tensors(result: Any) -> Piece:
         tuple(result.as_numpy("acceptance_histogram").reshape(-1).tolist()),
         _scores(value("log_probs")),
         _scores(value("prompt_log_probs")),
+        json.loads(value("trace_output") or "null"),
     )
 
 
@@ -232,6 +238,7 @@ def from_json(line: str) -> Piece:
         acceptance=tuple(histogram if isinstance(histogram, list) else [histogram]),
         logprobs=_scores(body["log_probs"]),
         prompt_logprobs=_scores(body["prompt_log_probs"]),
+        trace=json.loads(body["trace_output"] or "null"),
     )
 
 

@@ -18,12 +18,13 @@ class Walk:
 
     Attributes:
         accepted: nodes, the anchor first. said: what was committed: fewer tokens where the answer ends among them.
-        parents, depths, origins, values: of the tree's nodes (``PrefixTree``).
+        tokens, parents, depths, origins, values: of the tree's nodes (``PrefixTree``).
     """
 
     sequence: Sequence
     accepted: list[int]
     said: list[int]
+    tokens: list[int]
     parents: list[int]
     depths: list[int]
     origins: list[int]

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 
-from decoding import acceptance, prefix_tree
+from decoding import acceptance, prefix_tree, trace
 from decoding.acceptance import GONE, Walk
+from decoding.clock import Clock
 from decoding.drafting import Drafting
 from decoding.engines import Array, Costs, DrafterEngine, Pass, TargetEngine
 from decoding.follower import Follower
@@ -37,6 +38,7 @@ class Decoder:
 
     Attributes:
         verified: tokens of the last cycle, pieces of prompts aside. walks: what became of its trees.
+        clock: where the time of cycles goes.
     """
 
     def __init__(
@@ -57,11 +59,12 @@ class Decoder:
         self.target, self.costs = target, costs
         self.numbers: dict[Sequence, int] = {}
         self.host = is_numpy_namespace(array_namespace(target.send(np.zeros(1))))
-        self.verified, self.walks = 0, list[Walk]()
+        self.verified, self.walks, self.clock = 0, list[Walk](), Clock()
         self.drafting = Drafting(
             target,
             Follower(first, target, self.numbers, block_size, partial(self._ran, "first")) if first else None,
             Follower(second, target, self.numbers, block_size, partial(self._ran, "second")) if second else None,
+            self.clock,
             mode=mode,
             branches=branches,
             rows=rows,
@@ -111,25 +114,31 @@ class Decoder:
         Returns:
             The tokens committed to each of ``sequences``.
         """
+        self.clock.start()
         pieces = sorted(pieces, key=lambda piece: not piece[0].scores_prompt)
         silent = sum(not s.scores_prompt for s, _ in pieces)
         if pieces and not (sequences and self.target.ragged):
             self._score_prompts(pieces, self.run([s for s, _ in pieces], self._chains(pieces), silent), 0)
             self.keep([s for s, _ in pieces], [range(count) for _, count in pieces])
             pieces, silent = [], 0
+            self.clock.mark("prompts")
         if not sequences:
             return []
         others, context = sum(count for _, count in pieces), sum(s.computed for s, _ in pieces)
         tree = self.drafting.trees(sequences, others, context)
         self.verified = sum(tree.counts)
+        self.clock.mark("tree")
         rows = [*sequences, *(s for s, _ in pieces)]
         verified = self.run(rows, [tree, *self._chains(pieces)], silent)
+        self.clock.mark("target")
         self.walks = self.walk(sequences, tree, verified, len(pieces))
         self._score(self.walks, verified)
         self._score_prompts(pieces, verified, len(sequences))
         kept = [walk.accepted[: len(walk.said)] for walk in self.walks]
         self.keep(rows, [*kept, *(range(count) for _, count in pieces)])
         self.drafting.learn(self.walks)
+        self.clock.mark("commit")
+        trace.note(self.walks, self.clock, self.drafting.plan)
         return [walk.said for walk in self.walks]
 
     def run(self, sequences: Many[Sequence], trees: Many[PrefixTree], silent: int) -> Pass:
@@ -157,18 +166,19 @@ class Decoder:
 
         found = acceptance.walk(tree, choose)
         values = xp.astype(tree.values * VALUE_ONE, xp.int64)
-        parts = [*found, tree.parents, tree.depths, tree.origins, values]
+        parts = [*found, tree.tokens, tree.parents, tree.depths, tree.origins, values]
         # The one time that a cycle waits for a device.
         read = self.target.read(xp.concat(parts, axis=1))
         columns = np.split(read, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
         walks = []
         for b, sequence in enumerate(sequences):
-            nodes, tokens, parents, depths, origins, value = (part[b].tolist() for part in columns)
+            nodes, tokens, own, parents, depths, origins, value = (part[b].tolist() for part in columns)
             accepted = [node for node in nodes if node >= 0]
             said = tokens[: len(accepted)]
             said = said[: sequence.commit(said)]
             sequence.count(tree.counts[b] - 1, len(said))
-            walks.append(Walk(sequence, accepted, said, parents, depths, origins, [v / VALUE_ONE for v in value]))
+            values = [v / VALUE_ONE for v in value]
+            walks.append(Walk(sequence, accepted, said, own, parents, depths, origins, values))
         return walks
 
     def keep(self, sequences: Many[Sequence], rows: Many[Many[int]]) -> None:

@@ -9,15 +9,16 @@ from decoding import best_first, branches, prefix_tree, sources
 from decoding.acceptance import Walk
 from decoding.auto import Auto
 from decoding.calibration import Calibration
+from decoding.clock import Clock
 from decoding.drafts import first_draft, redraft
 from decoding.engines import Array, Costs, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
-from decoding.planner import Planner
+from decoding.planner import Plan, Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
-from decoding.sources import Source
+from decoding.sources import FIRST, SECOND, Source
 from decoding.text import Text
 
 
@@ -29,6 +30,7 @@ class Drafting:
         target: TargetEngine,
         first: Follower | None,
         second: Follower | None,
+        clock: Clock,
         *,
         mode: ModeName,
         branches: int,
@@ -38,15 +40,21 @@ class Drafting:
         redraft: Redraft,
         costs: Costs | None,
     ) -> None:
-        self.target, self.first, self.second = target, first, second
+        self.target, self.first, self.second, self.clock = target, first, second, clock
         self.mode, self.branches, self.rows, self.vocabulary = mode, branches, rows, vocabulary
         self.selection, self.redraft = selection, redraft
         self.text = Text()
         self.calibration = Calibration()
+        self.planned = False
         self.auto: Auto | None = None
         if costs:
             planner = Planner(costs, first.block_size if first else 1, branches if second else 0, drafts=first is not None)
             self.auto = Auto(target, planner, self.text, self.calibration, first, second)
+
+    @property
+    def plan(self) -> tuple[Many[Sequence], Plan] | None:
+        """The sequences that ``auto`` planned in the last cycle, if any, and how."""
+        return (self.auto.now.sequences, self.auto.plan) if self.auto and self.planned else None
 
     def followers(self, sequence: Sequence) -> list[Follower]:
         """The drafters that a sequence's mode can call."""
@@ -109,25 +117,30 @@ class Drafting:
         if groups:
             assert self.first is not None
             members = [b for group in groups for b in group.members]
+            self.clock.mark("tree")
             drafted = first_draft(self.first, [s for group in groups for s in group.sequences], _at(anchors, members))
             start = 0
             for group in groups:
                 group.drafted = drafted.of(range(start, start := start + len(group.members)))
+            self.clock.mark("first_draft")
 
     def _redraft(self, groups: Many[Group], drafter: Follower | None) -> None:
         """Redrafts by one drafter, in one pass."""
         if groups:
             assert drafter is not None
             asked = [(group.draft, self._boundaries(group)) for group in groups]
+            self.clock.mark("tree")
             for group, redrafts in zip(groups, redraft(drafter, asked), strict=True):
                 group.redrafts = redrafts
+            self.clock.mark("redraft")
 
     def _boundaries(self, group: Group) -> Array:
         return branches.boundaries(group.draft, group.mode.selection or self.selection, group.branches, self.target)
 
     def _tree(self, group: Group) -> PrefixTree:
         if not group.mode.sources:
-            return prefix_tree.merge(group.anchors, self._whole(group))
+            others = {"second": SECOND, "random": 0, "fixed": 0}.get(group.mode.branches or "", FIRST)
+            return prefix_tree.merge(group.anchors, self._whole(group), (FIRST, others))
         if group.tree is not None:
             return group.tree
         factors = self.target.send(self.calibration.factors)

@@ -59,6 +59,11 @@ class Plan:
     expected: float = 0.0
     seconds: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        """What is done: redraft, draft, verify what the text repeats, or decode plainly."""
+        return "redraft" if self.branches else "draft" if self.drafted else "text" if max(self.nodes) > 1 else "plain"
+
 
 @dataclass
 class Situation:
@@ -176,8 +181,7 @@ class Planner:
 
     def learn(self, now: Situation, plan: Plan, came: int) -> None:
         """After a cycle. came: tokens committed."""
-        kind = "redraft" if plan.branches else "draft" if plan.drafted else "text" if max(plan.nodes) > 1 else "plain"
-        self.chosen[f"{kind}, probing" if plan.probing else kind] += 1
+        self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
             kept, promised = self.kept[trusted]

@@ -105,7 +105,7 @@ def stack(trees: Sequence[PrefixTree]) -> PrefixTree:
     )
 
 
-def merge(anchors: Array, branches: Array) -> PrefixTree:
+def merge(anchors: Array, branches: Array, origins: tuple[int, int] = (0, 0)) -> PrefixTree:
     """Merge branches into trees: equal tokens under an equal prefix are one node.
 
     Nodes are numbered branch by branch, in the order in which they are met first. In the host's memory N is the size of the
@@ -113,6 +113,7 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
 
     Args:
         anchors: ``[B]`` int64. branches: ``[B, W, L]`` int64, the tokens behind the anchor; W is 1 at least, L may be 0.
+        origins: of the first branch, and of what only others hold.
     """
     xp = array_namespace(branches)
     batch, width, length = branches.shape
@@ -151,14 +152,13 @@ def merge(anchors: Array, branches: Array) -> PrefixTree:
     mask[:, 1:] = xp.take_along_axis(paths, order[..., None], axis=1) & real[..., None]
     mask[:, 1:, 0] = real
     mask[:, 0, 0] = True
-    unsaid = xp.zeros((batch, 1 + most), **here)
     return PrefixTree(
         tokens=xp.concat([anchors[:, None], nodes(flat(branches), 0)], axis=-1),
         parents=xp.concat([top - 1, nodes(flat(parent), -1)], axis=-1),
         depths=xp.concat([top, depths], axis=-1),
         mask=mask,
-        values=xp.astype(unsaid, xp.float32),
-        origins=unsaid,
+        values=xp.zeros((batch, 1 + most), dtype=xp.float32, device=here["device"]),
+        origins=xp.concat([top, nodes(flat(xp.where(maker == 0, *origins)), 0)], axis=-1),
         counts=counts,
         height=length,
     )

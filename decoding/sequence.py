@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from decoding.trace import Trace
 
 Score = tuple[float, list[tuple[int, float]]]  # a token's log-probability, and the likeliest tokens with theirs, best first
 Finish = Literal["end", "length", "stop", "timeout", "cancelled"]
@@ -27,6 +30,7 @@ class Sequence:
         deadline: the answer ends when ``time.monotonic()`` is there, with what it has.
         top: how many of the likeliest tokens are told at each place with the target's log-probabilities; None for none.
         scores_prompt: whether the prompt's tokens, too, get theirs.
+        trace: takes in what becomes of it cycle by cycle; None where nobody asks.
         scores: of the answer's tokens. prompt_scores: of the prompt's tokens but for the first, which follows nothing.
         computed: how many of the tokens are in the target's cache.
         cycles: target passes spent on the answer.
@@ -42,6 +46,7 @@ class Sequence:
     deadline: float = math.inf
     top: int | None = None
     scores_prompt: bool = False
+    trace: "Trace | None" = None
     tokens: list[int] = field(init=False)
     computed: int = field(init=False, default=0)
     cycles: int = field(init=False, default=0)

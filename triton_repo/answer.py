@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from decoding.scheduler import Full
 from decoding.sequence import Finish, Score, Sequence
-from triton_repo import tensors, text
+from triton_repo import tensors, text, trace
 from triton_repo.serving_loop import Stopped
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -69,6 +69,7 @@ class Answer:
                     *(len(sequence.prompt), sequence.drafted, sequence.accepted),
                     self._scores(self.unsent_ids, sequence.scores[self.sent :]),
                     "" if self.opened else self._prompt_scores(),
+                    trace.told(sequence.trace, self.text.vocabulary) if finish and sequence.trace else "",
                     finish_reason=finish or "",
                 )
                 self.sent, self.opened = self.sent + len(self.unsent_ids), True
@@ -128,6 +129,7 @@ def _response(
     accepted: Any = (),
     scores: str = "",
     prompt_scores: str = "",
+    trace: str = "",
     *,
     finish_reason: str,
 ) -> Any:
@@ -142,6 +144,7 @@ def _response(
             tensors.output("acceptance_histogram", list(accepted), np.int32),
             tensors.texts("log_probs", [scores]),
             tensors.texts("prompt_log_probs", [prompt_scores]),
+            tensors.texts("trace_output", [trace]),
             tensors.texts("finish_reason", [finish_reason]),
         ]
     )

@@ -24,6 +24,7 @@ COUNTERS = {
     "d2sd:generation_tokens_total": "Tokens committed to answers",
     "d2sd:cycles_total": "Cycles, each a pass of the target over all running sequences",
     "d2sd:cycle_seconds_total": "Time of the cycles",
+    "d2sd:cycle_stage_seconds_total": "The same by stage, as the cycle sees it; rest is what is outside all of them",
     "d2sd:planned_cycles_total": "Cycles that auto planned, by what it chose",
     "d2sd:planned_tokens_total": "Tokens of these cycles, as expected and as they came",
     "d2sd:spec_decode_num_drafts_total": "Target passes spent on answers, one a sequence and cycle",
@@ -160,6 +161,7 @@ class Watch:
         self._open: dict[Sequence, Timed] = {}
         self._asked, self._known = scheduler.prompt_tokens, scheduler.reused_tokens
         self._planned: dict[str, float] = {}
+        self._spent = dict(scheduler.decoder.clock.seconds)
 
     def arrived(self, request: Request) -> None:
         self._open[request.sequence] = Timed(request)
@@ -168,6 +170,7 @@ class Watch:
         """Count a cycle: what it advanced, and the time that it took."""
         metrics, now = self._metrics, time.monotonic()
         self._count([len(tokens) for _, tokens in advanced], seconds)
+        self._stages(seconds)
         self._plan()
         for sequence in self._scheduler.running:
             if (timed := self._open.get(sequence)) is not None and not timed.placed:
@@ -191,6 +194,16 @@ class Watch:
         metrics.count("d2sd:prefix_cache_queries_total", asked - self._asked)
         metrics.count("d2sd:prefix_cache_hits_total", known - self._known)
         self._asked, self._known = asked, known
+
+    def _stages(self, seconds: float) -> None:
+        """Count where the time went since the last cycle."""
+        now = dict(self._scheduler.decoder.clock.seconds)
+        spent = {stage: value - self._spent.get(stage, 0.0) for stage, value in now.items()}
+        spent["rest"] = max(0.0, seconds - sum(spent.values()))
+        for stage, value in spent.items():
+            if value:
+                self._metrics.count("d2sd:cycle_stage_seconds_total", value, stage=stage)
+        self._spent = now
 
     def _plan(self) -> None:
         """Count what the planner chose since the last cycle."""

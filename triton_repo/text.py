@@ -15,6 +15,11 @@ REPLACEMENT = "\ufffd"  # what bytes decode to that are not UTF-8, or not yet
 STOP_WORDS = 16_384  # characters of a request's stop words together
 SPAN = 8  # tokens, at least, of the window before its new ones
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# How byte-level BPE writes bytes: those that are printable in Latin-1 as themselves, the others from U+0100 on (GPT-2's
+# encoder.py).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
 
 
 class Vocabulary:
@@ -32,10 +37,25 @@ class Vocabulary:
         falls_back = '"ByteFallback"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
         vocabulary = tokenizer.get_vocab() if falls_back else {}
         self.bytes = frozenset(id for token, id in vocabulary.items() if _BYTE.fullmatch(token))
+        # Behind another token: alone, decoders of SentencePiece's kind leave out the space that a token begins with.
+        self._before = next((ids for letter in "x.0" if (ids := tokenizer.encode(letter, add_special_tokens=False).ids)), [])
 
     def text_of(self, token: int) -> str:
         """A token alone, special ones too; of half a character what stands for such."""
         return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def piece(self, token: int) -> str | list[int]:
+        """What a token adds to a text; where it holds part of a character, and the tokenizer works on bytes, its bytes."""
+        if token in self.hidden:
+            return self.hidden[token]
+        text = self.decode([*self._before, token])[len(self.decode(self._before)) :]
+        if REPLACEMENT not in text:
+            return text
+        name = self.tokenizer.id_to_token(token) or ""
+        if _BYTE.fullmatch(name):
+            return [int(name[3:5], 16)]
+        known = [_BYTES.get(character) for character in name]
+        return text if None in known else [byte for byte in known if byte is not None]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

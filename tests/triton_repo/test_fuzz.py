@@ -21,7 +21,9 @@ DTYPES = {
     **dict.fromkeys(("top_p", "temperature", "length_penalty", "repetition_penalty"), np.float32),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), np.float32),
     **dict.fromkeys(("prompt_ids", "num_top_log_probs"), np.int32),
-    **dict.fromkeys(("stream", "parse_special", "return_log_probs", "return_prompt_log_probs", "ignore_eos"), np.bool_),
+    **dict.fromkeys(
+        ("stream", "parse_special", "return_log_probs", "return_prompt_log_probs", "ignore_eos", "trace"), np.bool_
+    ),
     **dict.fromkeys(("add_generation_prompt", "continue_final_message"), np.bool_),
     "seed": np.uint64,
 }
@@ -44,6 +46,7 @@ USUAL = {
     "return_prompt_log_probs": [True],
     "num_top_log_probs": [3],
     "ignore_eos": [True],
+    "trace": [True],
     "add_generation_prompt": [True],
     "continue_final_message": [False],
     "prompt_ids": [5, 6, 7],
@@ -74,7 +77,7 @@ def request(rng):
     """Any inputs, most as they are usual, some odd in value, shape or type."""
     given = {}
     for name, usual in USUAL.items():
-        if rng.random() < (0.8 if name == "text_input" else 0.25):
+        if rng.random() < (0.8 if name == "text_input" else 0.2):
             odd = rng.random() < 0.4
             dtype = DTYPES[name]
             values = rng.choice(ODD[dtype]) if odd else usual

@@ -160,6 +160,15 @@ def test_a_timeout_that_is_none(server, found):
     assert f"timeout: found {json.dumps(found)}, allowed: microseconds, an integer" in response.json()["error"]
 
 
+def test_a_long_answer_has_a_trace_of_its_first_cycles(server, asked):
+    options = long(asked, "now")
+    longer = Options(max_tokens=1015, end_id=options.end_id, ignore_eos=True, trace=True)
+    answer = asked.generate("now", longer)
+    cycles, left = answer.trace["cycles"], answer.trace["left_out"]
+    assert (len(cycles), left) == (1000, {"cycles": 15, "tokens": 15})
+    assert answer.text.startswith("".join(cycle["text"] for cycle in cycles))
+
+
 def test_a_known_beginning_changes_no_answer(server, asked):
     """The second of each pair finds the blocks of the first."""
     text = "the quick brown fox jumps over the lazy dog " * 6

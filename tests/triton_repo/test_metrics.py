@@ -61,7 +61,8 @@ def clock(monkeypatch):
 @pytest.fixture
 def scheduler():
     planner = SimpleNamespace(chosen={"text": 2}, expected=3.5, came=4)
-    decoder = SimpleNamespace(verified=0, target=SimpleNamespace(used=0.25), planner=planner)
+    clock = SimpleNamespace(seconds={"target": 5.0})  # of a warm-up
+    decoder = SimpleNamespace(verified=0, target=SimpleNamespace(used=0.25), planner=planner, clock=clock)
     return SimpleNamespace(running=[], waiting=[], decoder=decoder, prompt_tokens=100, reused_tokens=50)
 
 
@@ -79,6 +80,7 @@ def test_two_requests(clock, scheduler):
     scheduler.running, scheduler.waiting = [first.sequence], [second.sequence]
     clock.value += 1.5  # a second of waiting, half a second of a cycle
     scheduler.decoder.verified, scheduler.prompt_tokens, scheduler.reused_tokens = 8, 104, 52
+    scheduler.decoder.clock.seconds = {"target": 5.25, "tree": 0.125}
     watch.cycle([(first.sequence, [5, 6, 7])], 0.5)
     assert backend.messages == 2
     assert backend.told["d2sd:num_requests_running",] == 1
@@ -87,6 +89,7 @@ def test_two_requests(clock, scheduler):
     scheduler.running, scheduler.waiting = [first.sequence, second.sequence], []
     first.sequence.finish = "length"
     scheduler.decoder.verified = 10
+    scheduler.decoder.clock.seconds = {"target": 5.75, "tree": 0.125}
     watch.cycle([(first.sequence, [5, 6]), (second.sequence, [7])], 0.5)
     clock.value += 0.5
     scheduler.running = [second.sequence]
@@ -104,6 +107,9 @@ def test_two_requests(clock, scheduler):
         ("d2sd:planned_tokens_total", ("when", "came")): 4,
         ("d2sd:planned_tokens_total", ("when", "expected")): 3.5,
         ("d2sd:cycle_seconds_total",): 1.5,
+        ("d2sd:cycle_stage_seconds_total", ("stage", "target")): 0.75,
+        ("d2sd:cycle_stage_seconds_total", ("stage", "tree")): 0.125,
+        ("d2sd:cycle_stage_seconds_total", ("stage", "rest")): 0.625,
         ("d2sd:spec_decode_num_drafts_total",): 4,
         ("d2sd:spec_decode_num_draft_tokens_total",): 7 + 8 + 9,
         ("d2sd:spec_decode_num_accepted_tokens_total",): 3,

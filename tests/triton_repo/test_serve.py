@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -307,6 +308,37 @@ def test_metrics_count_cycles(server):
         assert added(f"{name}_seconds_count") == 1
     assert 0 < added("time_to_first_token_seconds_sum") <= added("e2e_request_latency_seconds_sum")
     assert after["d2sd:num_requests_running"] == after["d2sd:num_requests_waiting"] == 0
+    told = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
+    stages = dict(re.findall(r'd2sd:cycle_stage_seconds_total\{.*stage="(\w+)".*\} (\S+)', told))
+    assert {"tree", "target", "commit", "rest"} <= set(stages)
+    assert sum(map(float, stages.values())) == pytest.approx(after["d2sd:cycle_seconds_total"], rel=1e-3)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_trace_comes_with_the_end_of_the_answer(server, protocol):
+    asked = client(server, protocol)
+    plain = asked.generate("größer 日本語", Options(max_tokens=40))
+    assert plain.trace is None
+    *pieces, last = asked.stream("größer 日本語", Options(max_tokens=40, trace=True, mode="pooled"))
+    assert all(piece.trace is None for piece in pieces)
+    cycles = last.trace["cycles"]
+    assert last.trace["mode"] == "pooled"
+    assert "".join(cycle["text"] for cycle in cycles) == plain.text
+    assert len(cycles) == last.cycles
+    assert sum(len(cycle["said"]) for cycle in cycles) == last.output_tokens == plain.output_tokens
+    assert sum(len(cycle["tokens"]) - 1 for cycle in cycles) == last.draft_tokens
+    assert {"first_draft", "redraft", "target"} < {stage for cycle in cycles for stage, _ in cycle["laps"]}
+
+
+def test_the_unary_twin_tells_a_trace_too(server):
+    url = f"http://127.0.0.1:{server.ports.http}/v2/models/tensorrt_llm_bls/generate"
+    body = {"text_input": "the quick", "max_tokens": 9}
+    answer = httpx.post(url, json=body | {"trace": True}).json()
+    trace = json.loads(answer["trace_output"])
+    assert "".join(cycle["text"] for cycle in trace["cycles"]) == answer["text_output"]
+    assert trace["mode"] == "auto"
+    assert all(cycle["choice"]["rows"] == len(cycle["tokens"]) for cycle in trace["cycles"])
+    assert httpx.post(url, json=body).json()["trace_output"] == ""
 
 
 def test_an_unreachable_service():
@@ -351,7 +383,7 @@ def test_without_a_server_the_command_says_what_to_install(built, monkeypatch, t
         Server(built / "build", "127.0.0.1", ANY)
 
 
-def test_the_command_line_client(server):
+def test_the_command_line_client(server, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "client", "the quick", "--raw", "--max-tokens", "9"]
     over_grpc, over_http = f"127.0.0.1:{server.ports.grpc}", f"127.0.0.1:{server.ports.http}"
@@ -363,6 +395,14 @@ def test_the_command_line_client(server):
     ):
         done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == expected
+    for name in ("out.html", "out.json"):
+        extra = ["--address", over_grpc, "--trace", str(tmp_path / name)]
+        done = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == expected
+    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
+    assert json.loads((tmp_path / "out.json").read_text())["traceEvents"]
+    bad = subprocess.run([*command, "--trace", "x.txt"], env=environment, capture_output=True, text=True, check=False)
+    assert bad.stderr == "error: --trace: found 'x.txt', allowed: a name that ends in .html or .json\n"
     command += ["--top-p", "0", "--address", over_grpc]
     bad = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stderr) == (1, "error: top_p: found 0.0, allowed: above 0 and at most 1\n")

@@ -202,3 +202,17 @@ def test_a_thousand_stop_words_cost_what_one_costs():
 
     one, thousand = seconds(["never there"]), seconds([f"fox {n}" for n in range(1000)])
     assert thousand < 3 * one
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte fallback", "byte fallback, metaspace"])
+def test_pieces_are_the_text_even_where_a_character_is_split(name):
+    vocabulary = VOCABULARIES[name]
+    text = "the quick größer 日本 🎉 fox"
+    pieces = [vocabulary.piece(token) for token in vocabulary.tokenizer.encode(text, add_special_tokens=False).ids]
+    assert any(isinstance(piece, list) for piece in pieces)
+    joined = b"".join(bytes(piece) if isinstance(piece, list) else piece.encode() for piece in pieces)
+    assert joined.decode().strip() == text
+
+
+def test_special_tokens_are_pieces_by_name():
+    assert BYTE_LEVEL.piece(1) == "</s>"

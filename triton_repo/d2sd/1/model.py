@@ -18,6 +18,7 @@ from decoding.modes import MODES
 from decoding.sampling import Sampling
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
+from decoding.trace import Trace
 from engines.build_directory import BuildDirectory
 from triton_repo import tensors, text
 from triton_repo.answer import Answer, refuse, stopped
@@ -35,6 +36,7 @@ class TritonPythonModel:
         options = manifest["decoding"]
         engines = target, first, second = self.build.load()
         costs = self.build.costs(*engines, say=partial(print, file=sys.stderr, flush=True))
+        self.mode = options["mode"]
         self.modes = [name for name, mode in MODES.items() if first is not None or not mode.drafts]
         self.vocabulary = self.build.vocabulary
         decoder = Decoder(
@@ -116,7 +118,8 @@ class TritonPythonModel:
             ends = frozenset()
         deadline = time.monotonic() + min(_timeout(request), self.limits["deadline"])
         top, scores_prompt = _scoring(request)
-        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline, top, scores_prompt)
+        trace = Trace(mode or self.mode) if tensors.scalar(request, "trace", False) else None
+        sequence = Sequence(prompt, max_tokens, _sampling(request), ends, mode, deadline, top, scores_prompt, trace)
         words = tensors.strings(request, "stop_words")
         growing = text.Growing(self.text, text.StopWords(words) if words else None)
         stream = bool(tensors.scalar(request, "stream", False))
