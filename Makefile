@@ -9,8 +9,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TRITON := nvidia-pytriton==0.7.0
 # PyTorch gives and takes back tens of megabytes a step; glibc keeps them instead of asking the kernel each time.
 TRAINING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-# Two files of tests at a time, PyTorch with a thread for each.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time, PyTorch with a thread for each. In their order, because those of few tests are not the short ones.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo serve test test-all deploy-check lint clean
 

@@ -1,5 +1,6 @@
 """Ask a served pipeline, in plain or asynchronous Python, over gRPC or HTTP."""
 
+import asyncio
 import queue
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -27,6 +28,7 @@ from client.request import (
     from_json,
     from_tensors,
     join,
+    status_of,
     to_tensors,
 )
 
@@ -85,8 +87,8 @@ class Client:
                 while not ended:
                     result, error = arrived.get(timeout=self.timeout)
                     if error is not None:
-                        ended = True
-                        raise ServiceError(_message(error))
+                        ended, message = True, _message(error)
+                        raise ServiceError(message, status_of(message))
                     response = result.get_response()
                     ended = response.parameters["triton_final_response"].bool_param
                     if response.outputs:
@@ -185,33 +187,54 @@ class AsyncClient:
         inputs = to_tensors(named, tritonclient.grpc.aio)
 
         # Of its own, whoever else asks under the same name: what is told to stop is this one.
-        request_id, ended = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-"), False
+        request_id = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-")
         request = {"inputs": inputs, "request_id": request_id, "enable_empty_final_response": True}
-        # So that an error has a status: https://docs.nvidia.com/deeplearning/triton-inference-server, gRPC status codes.
-        headers = {**headers, "triton_grpc_error": "true"}
         asked = _one({"model_name": MODEL, **request})
         responses = self._stub().stream_infer(asked, stream_timeout=self.timeout, headers=headers)
+        arrived: asyncio.Queue[Piece | ServiceError | None] = asyncio.Queue()
+        # Read in a task of its own, because to cancel a read is to cancel the stream: a stream is read to its end.
+        reading = asyncio.create_task(self._read(responses, arrived))
+        failure: ServiceError | None = None
+        ended = False
+        try:
+            while (piece := await arrived.get()) is not None:
+                if isinstance(piece, ServiceError):
+                    failure, ended = piece, True
+                else:
+                    ended = bool(piece.finish_reason)
+                    yield piece
+            ended = True
+            await reading
+        finally:
+            if not ended:  # as in ``Client``
+                await self._stop(request_id)
+            await asyncio.wait([reading], timeout=LEAVING)
+            responses.cancel()  # a service that says nothing; one that has ended its stream does not hear of it
+        if failure is not None:
+            raise failure
+
+    async def _read(self, responses: Any, arrived: asyncio.Queue[Piece | ServiceError | None]) -> None:
+        """Hand on the pieces of a stream, or the error that ends it; and that it has ended."""
         try:
             async for result, error in responses:
                 if error is not None:
-                    ended = True
-                    raise ServiceError(_message(error))
-                response = result.get_response()
-                ended = ended or response.parameters["triton_final_response"].bool_param
-                if response.outputs:
-                    yield from_tensors(result)
+                    message = _message(error)
+                    arrived.put_nowait(ServiceError(message, status_of(message)))
+                elif result.get_response().outputs:
+                    arrived.put_nowait(from_tensors(result))
         except grpc.aio.AioRpcError as error:
-            ended = True
             status, message = error.code().name, str(error.details()).removeprefix(ENSEMBLE)
-            raise ServiceError(f"{self.address}: {message}" if status == "UNAVAILABLE" else message, status) from None
-        finally:  # as in ``Client``
-            if not ended:
-                responses.cancel()
-                stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, tritonclient.grpc.aio)}
-                told = self._stub().stream_infer(_one({**stop, "request_id": request_id}), stream_timeout=LEAVING)
-                with suppress(grpc.aio.AioRpcError):
-                    async for _ in told:
-                        pass
+            said = f"{self.address}: {message}" if status == "UNAVAILABLE" else message
+            arrived.put_nowait(ServiceError(said, status))
+        finally:
+            arrived.put_nowait(None)
+
+    async def _stop(self, request_id: str) -> None:
+        stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, tritonclient.grpc.aio), "request_id": request_id}
+        told = self._stub().stream_infer(_one(stop), stream_timeout=LEAVING)
+        with suppress(grpc.aio.AioRpcError):
+            async for _ in told:
+                pass
 
     async def _over_http(self, named: dict[str, Any], headers: Headers) -> AsyncGenerator[Piece, None]:
         url = f"http://{self.address}/v2/models/{MODEL}/generate{'_stream' if named['stream'] else ''}"

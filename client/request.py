@@ -10,6 +10,9 @@ from tritonclient.utils import np_to_triton_dtype
 
 MODEL, DECODER = "ensemble", "d2sd"  # what is asked, and the part of it that is told to stop
 ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of its steps
+# What errors of the moment say, ours and Triton's own; and what those of a request at fault say.
+BUSY = ("try again", "Server not ready", "Server is stopping", "not at ready state", "Exceeds maximum queue size")
+REFUSED = (": found ", "allowed: ", "messages: ", "refuses it", "not JSON", "request has 0 inputs")
 
 
 class ServiceError(RuntimeError):
@@ -23,6 +26,18 @@ class ServiceError(RuntimeError):
     def __init__(self, message: str, status: str = "UNKNOWN") -> None:
         super().__init__(message)
         self.status = status
+
+
+def status_of(message: str) -> str:
+    """The status of an error that came as a response of a gRPC stream, by its words: Triton sends nothing else of it.
+
+    It would send the status itself to who asks with ``triton_grpc_error``, but ends such streams in a way that now and then is
+    its own end (2.51: what it notes when it finishes one is looked at twice and holds once, so the stream's state may be used
+    after it was freed).
+    """
+    if any(words in message for words in BUSY):
+        return "UNAVAILABLE"
+    return "INVALID_ARGUMENT" if any(words in message for words in REFUSED) else "INTERNAL"
 
 
 class Message(TypedDict, total=False):

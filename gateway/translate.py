@@ -104,14 +104,17 @@ class Tally:
 
 
 def speculation(piece: Piece) -> Json | None:
-    """How drafts fared in an answer, in vLLM's words: ``metrics.speculative_decoding`` of a response, which aiperf reads."""
+    """How drafts fared in an answer, in vLLM's words: ``metrics.speculative_decoding`` of a response, which aiperf reads.
+
+    Zeros, and a length of 1, where nothing was drafted, which a planner may find best; None for an answer without a pass.
+    """
     steps = sum(piece.acceptance)
     accepted = sum(count * passes for count, passes in enumerate(piece.acceptance))
-    if not piece.draft_tokens:
+    if not steps:
         return None
     return {
         "mean_acceptance_length": 1 + accepted / steps,
-        "draft_acceptance_rate": accepted / piece.draft_tokens,
+        "draft_acceptance_rate": accepted / piece.draft_tokens if piece.draft_tokens else 0.0,
         "acceptance_histogram": list(piece.acceptance),
         "num_spec_steps": steps,
         "num_accepted_draft_tokens": accepted,

@@ -92,7 +92,7 @@ class ServingLoop:
             except Exception as error:
                 self._log(f"a cycle cannot be counted: {error!r}")
         for sequence in list(self.requests):
-            self._fail(sequence, Stopped("the service ends"))
+            self._fail(sequence, Stopped("the service ends; try again later"))
 
     def _take_in(self, wait: bool) -> bool:
         """Hand what has arrived to the scheduler; sleep if there is nothing else to do. False: the service ends."""

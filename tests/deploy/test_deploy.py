@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helm_python
 import kubernetes_validate
 import promql_parser
 import pytest
@@ -16,6 +15,7 @@ import yaml
 
 from gateway.limits import Keys
 from gateway.metrics import Metrics
+from tests.deploy import helm
 from triton_repo import metrics as served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +41,7 @@ VALUES = {"default": {}, "full": FULL, "bare": {"triton": {"volume": {"enabled":
 
 
 def render(values):
-    with helm_python.Chart.load(str(CHART)) as chart:
-        texts = chart.render(values, name="prod", namespace="llm")
+    texts = helm.ask(chart=str(CHART), values=values)
     return [one for name, text in texts.items() if name.endswith(".yaml") for one in yaml.safe_load_all(text) if one]
 
 
@@ -74,7 +73,7 @@ def test_a_wrong_manifest_is_found(objects):
 
 
 def test_helm_has_no_complaint():
-    found = helm_python.lint(str(CHART))
+    found = helm.ask(chart=str(CHART))
     assert not [one for one in found["messages"] if one["severity"] in ("ERROR", "WARNING", 2, 3)], found
 
 
@@ -90,7 +89,7 @@ def test_helm_has_no_complaint():
     ],
 )
 def test_wrong_values_are_refused(values):
-    with pytest.raises(helm_python.HelmError):
+    with pytest.raises(helm.HelmError):
         render(values)
 
 

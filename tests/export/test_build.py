@@ -14,17 +14,15 @@ from engines.build_directory import BuildDirectory, BuildDirectoryError
 from export import build as builder
 from export.build import GRAPHS, BuildError, build, main
 from export.config import load
-from tests import tiny
+from tests import shared, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipeline")
-    file = tiny.save_pipeline(root)
-    build(load(file), root / "build")
-    return root
+    """A finished build with its checkpoints."""
+    return shared.copied(tmp_path_factory)
 
 
 @pytest.fixture
@@ -125,7 +123,7 @@ def test_a_failed_export_leaves_the_old_engine(pipeline, monkeypatch):
 
 def test_a_killed_build_leaves_no_half_engine_and_goes_on(pipeline):
     """A real process, killed while it exports."""
-    shutil.rmtree(pipeline / "build")
+    shutil.rmtree(pipeline / "build" / "engines" / "target")
     command = [sys.executable, str(ROOT / "export" / "build.py"), "pipeline.yaml"]
     process = subprocess.Popen(command, cwd=pipeline, stdout=subprocess.DEVNULL)
     partial = pipeline / "build" / "engines" / ".target.partial"

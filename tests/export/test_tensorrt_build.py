@@ -74,7 +74,7 @@ def test_every_binding_is_as_the_contract_says(built):
     check(built, "BF16")
 
 
-@pytest.mark.parametrize("precision", ["f32", "f16"])
+@pytest.mark.parametrize("precision", ["f32", pytest.param("f16", marks=pytest.mark.slow)])
 def test_an_engine_computes_in_the_precision_asked_for(tmp_path, precision):
     build(load(compiled_pipeline(tmp_path, precision)), tmp_path / "build", only="second")
     found = record(tmp_path, "second")
@@ -139,7 +139,8 @@ def test_a_graph_that_the_library_cannot_read_is_refused_with_its_reason(tmp_pat
         build_engine("tensorrt_rtx", path, tmp_path / "engine", {}, tmp_path / "timings")
 
 
-@pytest.mark.parametrize("graph", [pytest.param("target", marks=pytest.mark.slow), "first", "second"])
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_the_demos_engines(tmp_path, graph):
     pipeline = load(ROOT / "pipeline.yaml")
     engine = pipeline.engine.model_copy(update={"backend": "tensorrt_rtx"})

@@ -1,9 +1,7 @@
 """A tiny pipeline, real Tritons on it, and gateways before them."""
 
-import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,25 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from export.build import build
-from export.config import load
-from tests import tiny
+from tests import shared
 from triton_repo.serve import Ports, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def built():
-    """Built once, whichever worker comes first; a later run finds its engines."""
-    root = ROOT / "build" / "gateway-tests"
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for checkpoint in ("target", "first", "second"):
-            shutil.rmtree(root / checkpoint, ignore_errors=True)
-        build(load(tiny.save_pipeline(root)), root / "build")
-    return root / "build"
+def built(tmp_path_factory):
+    return shared.built(shared.pipeline(tmp_path_factory))
 
 
 @contextmanager
@@ -60,8 +48,12 @@ def opened(*options):
 
 @pytest.fixture(scope="module")
 def triton(built, tmp_path_factory):
-    with serving(built, tmp_path_factory.mktemp("triton") / "log") as running:
+    log = tmp_path_factory.mktemp("triton") / "log"
+    with serving(built, log) as running:
         yield running
+        fault = running.fault()
+    # What its clients see of a death is a closed connection.
+    assert fault is None, f"{fault}; the end of its log:\n{log.read_text(errors='replace')[-5000:]}"
 
 
 @pytest.fixture(scope="module")

@@ -111,25 +111,31 @@ def test_what_it_cannot_take_is_refused(change, message):
         kernel.cascade_attention(*change(list(inputs(1, 2, 1, 2, 5, 5, 9, 64))))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """What ptxas reports of every head size on sm_90, and of one on the other GPUs; a process without the interpreter."""
-    folder = tmp_path_factory.mktemp("compiled")
-    script, rows = [sys.executable, str(ROOT / "benchmarks" / "compile_kernels.py"), "--dtype", "bfloat16"], []
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    others = ["--capability", "80", "86", "89", "100", "120", "--head-size", "128"]
-    for number, options in enumerate((["--capability", "90"], others)):
-        file = folder / f"{number}.json"
-        subprocess.run(
-            [*script, *options, "--json", str(file)], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
-        rows += json.loads(file.read_text())
-    return rows
+CASES = [  # arguments, capabilities and head sizes; every head size on sm_90, one on the other GPUs
+    pytest.param(["--capability", "90", "--head-size", "128"], {90}, {128}, id="sm_90-128"),
+    pytest.param(["--capability", "90"], {90}, {*kernel.HEAD_SIZES}, id="sm_90", marks=pytest.mark.slow),
+    pytest.param(
+        ["--capability", "80", "86", "89", "100", "120", "--head-size", "128"],
+        {80, 86, 89, 100, 120},
+        {128},
+        id="others",
+        marks=pytest.mark.slow,
+    ),
+]
 
 
-def test_it_compiles_for_every_gpu_and_spills_nothing_on_sm_90(compiled):
-    assert {row["capability"] for row in compiled} == {80, 86, 89, 90, 100, 120}
-    assert {row["head_size"] for row in compiled if row["capability"] == 90} == set(kernel.HEAD_SIZES)
+@pytest.mark.parametrize(("options", "capabilities", "head_sizes"), CASES)
+def test_it_compiles_and_spills_nothing_on_sm_90(tmp_path, options, capabilities, head_sizes):
+    """By what ptxas reports; a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path / "cache")
+    }
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_kernels.py"), "--dtype", "bfloat16", *options]
+    command += ["--json", str(tmp_path / "rows.json")]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    compiled = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["capability"] for row in compiled} == capabilities
+    assert {row["head_size"] for row in compiled} == head_sizes
     for row in compiled:
         limit = 227 if row["capability"] in (90, 100) else 99
         assert row["shared"] <= limit * 1024, row

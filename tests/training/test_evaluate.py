@@ -16,7 +16,7 @@ from engines.build_directory import BuildDirectory
 from export import checkpoints
 from export.build import build
 from export.config import load
-from tests import tiny
+from tests import shared, tiny
 from training import corpus, evaluate, report
 from training.corpus import Answer, read_corpus, temperature_of
 from training.features import Features
@@ -28,8 +28,8 @@ QUESTIONS = ["the quick brown fox", "größer 日本語 🎉", "one two three", 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    file = tiny.save_pipeline(root)
+    root = shared.copied(tmp_path_factory)
+    file = root / "pipeline.yaml"
     prompts = root / "prompts.jsonl"
     lines = [{"id": f"q/{i}", "task": "ab"[i % 2], "turns": [text]} for i, text in enumerate(QUESTIONS)]
     lines[2]["turns"].append("and more?")

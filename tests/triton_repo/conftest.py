@@ -1,13 +1,9 @@
 import pytest
 
-from export.build import build
-from export.config import load
-from tests import tiny
+from tests import shared
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    file = tiny.save_pipeline(root)
-    build(load(file), root / "build")
-    return root
+    """The build of a tiny pipeline."""
+    return shared.built(shared.pipeline(tmp_path_factory))

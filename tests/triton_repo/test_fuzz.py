@@ -114,8 +114,8 @@ def ended(result, error):
 
 
 @pytest.fixture(scope="module")
-def server(built):
-    with Server(built / "build", "127.0.0.1", Ports(0, 0, 0), log=built / "fuzz.log") as running:
+def server(built, tmp_path_factory):
+    with Server(built, "127.0.0.1", Ports(0, 0, 0), log=tmp_path_factory.mktemp("triton") / "log") as running:
         running.wait_until_ready()
         yield running
 
@@ -200,7 +200,7 @@ def wait_for(server, requests, seconds=5.0):
 
 def test_the_twin_has_the_tensors_of_the_ensemble(built):
     def tensors(model):
-        text = (built / "build" / "model_repository" / model / "config.pbtxt").read_text()
+        text = (built / "model_repository" / model / "config.pbtxt").read_text()
         return text[text.index("input [") :].partition("ensemble_scheduling")[0]
 
     assert tensors("ensemble") == tensors("tensorrt_llm_bls")

@@ -93,7 +93,7 @@ def serve(built, tmp_path):
     started = []
 
     def start(build=None):
-        started.append(Served(build or built / "build", tmp_path))
+        started.append(Served(build or built, tmp_path))
         return started[-1]
 
     yield start
@@ -117,7 +117,7 @@ def leak(port):
 
 def test_a_stop_after_streams_from_a_path_with_a_space(built, serve, tmp_path):
     build = tmp_path / "it's a $(build)"
-    build.symlink_to(built / "build")
+    build.symlink_to(built)
     served = serve(build).ready()
     client = Client(f"127.0.0.1:{served.grpc}")
     assert client.generate("x", Options(max_tokens=5)).output_tokens == 5
@@ -129,7 +129,8 @@ def test_a_stop_after_streams_from_a_path_with_a_space(built, serve, tmp_path):
     served.process.send_signal(signal.SIGTERM)
     assert served.ended() == 0
     assert time.monotonic() - began < 3.5
-    assert re.fullmatch(r"starting on 127.0.0.1 …\nready: [^\n]*\nstopped\n", served.said)
+    # The first start of a build on a machine measures what calls take, and says so.
+    assert re.fullmatch(r"starting on 127.0.0.1 …\n(costs: [^\n]*\n)*ready: [^\n]*\nstopped\n", served.said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -202,7 +203,7 @@ def test_a_folder_for_temporary_files_that_triton_cannot_use(built, tmp_path, mo
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     with pytest.raises(command.ServeError, match=r"TMPDIR: found .*a space, allowed: a path of letters"):
-        command.Server(built / "build", "127.0.0.1", command.Ports(0, 0, 0))
+        command.Server(built, "127.0.0.1", command.Ports(0, 0, 0))
     assert list(folder.iterdir()) == []
 
 
@@ -210,4 +211,4 @@ def test_one_port_for_two(built):
     from triton_repo import serve as command
 
     with pytest.raises(command.ServeError, match="ports: found 8123, 8123, 0, allowed: three different ones"):
-        command.Server(built / "build", "127.0.0.1", command.Ports(8123, 8123, 0))
+        command.Server(built, "127.0.0.1", command.Ports(8123, 8123, 0))

@@ -30,8 +30,8 @@ ANY = Ports(0, 0, 0)
 
 
 @pytest.fixture(scope="module")
-def server(built):
-    with Server(built / "build", "127.0.0.1", ANY, log=built / "triton.log") as running:
+def server(built, tmp_path_factory):
+    with Server(built, "127.0.0.1", ANY, log=tmp_path_factory.mktemp("triton") / "log") as running:
         running.wait_until_ready()
         yield running
 
@@ -275,7 +275,8 @@ async def test_a_client_that_leaves_frees_its_place(server):
 def test_a_request_is_stopped_by_its_id(server):
     """Over HTTP, where Triton does not tell that a client has hung up."""
     ids = [f"stop-{number}" for number in range(5)]
-    body = {"text_input": "long", "max_tokens": 500, "end_id": 299}
+    # Long to make, too: five hundred passes, and three times as many drafts.
+    body = {"text_input": "long", "max_tokens": 500, "ignore_eos": True, "mode": "d2sd"}
     with ThreadPoolExecutor(len(ids)) as pool:
         answers = [pool.submit(post, server, body | {"id": name}) for name in ids]
         eventually(lambda: requests_at_hand(server) == len(ids))
@@ -353,11 +354,11 @@ def test_an_occupied_port_is_named(built):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            Server(built / "build", "127.0.0.1", Ports(port, 0, 0))
+            Server(built, "127.0.0.1", Ports(port, 0, 0))
 
 
 def test_the_command_serves_until_it_is_stopped(built):
-    command = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), str(built / "build")]
+    command = [sys.executable, str(ROOT / "triton_repo" / "serve.py"), str(built)]
     command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     lines = []
@@ -380,7 +381,7 @@ def test_without_a_server_the_command_says_what_to_install(built, monkeypatch, t
     monkeypatch.setattr(serve, "ASIDE", tmp_path)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ServeError, match=r"no tritonserver on PATH.*pip install --no-deps --target .* nvidia-pytriton"):
-        Server(built / "build", "127.0.0.1", ANY)
+        Server(built, "127.0.0.1", ANY)
 
 
 def test_the_command_line_client(server, tmp_path):
