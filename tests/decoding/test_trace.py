@@ -104,8 +104,9 @@ def test_what_auto_chose():
         assert choice.came == len(cycle.said) >= 1
         assert choice.drafted == (choice.kind in ("draft", "redraft"))
         assert bool(choice.branches) == (choice.kind == "redraft")
-        # What it expects of a tree is what the nodes' values sum to.
-        assert choice.expected == pytest.approx(sum(cycle.values), abs=1e-4)
+        # It expects what the nodes' values sum to, or as much less as promises have proved too high.
+        promised = sum(cycle.values[1:])
+        assert 0.5 * promised <= choice.expected - 1 <= promised + 1e-4
         stages = [stage for stage, _ in cycle.laps]
         assert ("first_draft" in stages, "redraft" in stages) == (choice.drafted, bool(choice.branches))
     assert traced("dflash")[0].cycles[0].choice is None
