@@ -164,7 +164,7 @@ def test_a_chat_is_streamed_through_triton(server, built, tokenizer, model):
     ):
         pieces = list(client.stream(chat, Options(max_tokens=48)))
         assert "".join(piece.text for piece in pieces) == expected
-        assert 1 < len(pieces) == pieces[-1].cycles < 40  # 48 tokens in fewer target passes than that
+        assert 1 < len(pieces) == pieces[-1].cycles < pieces[-1].output_tokens  # in fewer target passes than tokens
         plain = client.generate(chat, Options(max_tokens=48, mode="autoregressive"))
         assert plain.text == expected
         assert plain.cycles == 48
