@@ -50,10 +50,12 @@ class Auto:
         contexts = np.array([s.computed for s in own], dtype=np.int64)
         nothing = np.zeros((len(own), self.reach - 1))
         self.now = Situation(own, nothing, np.array(lags), contexts, others, other_context)
+        proposed = None
         if self.planner.hopeless(self.now, self.text.worth(own)):
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
-            texts = best_first.grow(here, [self.text.propose(own)], self.reach, self.calibration.factors)
+            proposed = self.text.propose(own)
+            texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
@@ -64,7 +66,7 @@ class Auto:
                 group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
                 group.nodes = self.reach
                 if mode.drafts:
-                    group.text = self.text.propose(group.sequences).sent(self.target)
+                    group.text = (proposed or self.text.propose(own)).of(places).sent(self.target)
                 else:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))

@@ -165,8 +165,8 @@ class Decoder:
             return verified.choose(xp.concat([nodes, none]), sampling, drawn[:, depth])[: len(sequences)]
 
         found = acceptance.walk(tree, choose)
-        values = xp.astype(tree.values * VALUE_ONE, xp.int64)
-        parts = [*found, tree.tokens, tree.parents, tree.depths, tree.origins, values]
+        scaled = xp.astype(tree.values * VALUE_ONE, xp.int64)
+        parts = [*found, tree.tokens, tree.parents, tree.depths, tree.origins, scaled]
         # The one time that a cycle waits for a device.
         read = self.target.read(xp.concat(parts, axis=1))
         columns = np.split(read, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)

@@ -169,9 +169,8 @@ class Planner:
     def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
         if not plan.drafted and not values.any():
-            size, context = len(values), int(now.contexts.sum()) + now.other_context
-            plan.nodes, plan.expected = [1] * size, float(size)
-            plan.seconds = float(self.costs.target(np.array([now.others + size]), size, context)[0])
+            plan.nodes, plan.expected = [1] * len(values), float(len(values))
+            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0])
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
@@ -264,9 +263,7 @@ class Planner:
         kept, promised = self.kept["draft" if spent else "text"]
         promises = np.concatenate([[0.0], np.cumsum(pool[order])])
         expected = len(values) + promises * min(1.0, kept / promised)
-        rows = now.others + len(values) + np.arange(len(order) + 1)
-        context = int(now.contexts.sum()) + now.other_context
-        seconds = spent + self.costs.target(rows, len(values), context)
+        seconds = spent + self._pass(now, np.arange(len(order) + 1))
         gain = expected - self._rate(now) * seconds
         best = int(gain.argmax())
         if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
@@ -276,9 +273,13 @@ class Planner:
 
     def hopeless(self, now: Situation, worth: NDArray[np.float64]) -> bool:
         """Whether no number of nodes pays. worth: ``[N]``, tokens that the first 1, 2, … nodes of all are worth, at most."""
-        rows = now.others + len(now.sequences) + np.arange(len(worth) + 1)
-        seconds = self.costs.target(rows, len(now.sequences), int(now.contexts.sum()) + now.other_context)
+        seconds = self._pass(now, np.arange(len(worth) + 1))
         return bool((worth <= (seconds[1:] - seconds[0]) * self._rate(now)).all())
+
+    def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
+        size = len(now.sequences)
+        return self.costs.target(now.others + size + nodes, size, int(now.contexts.sum()) + now.other_context)
 
     def _rate(self, now: Situation) -> float:
         """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that."""

@@ -26,7 +26,6 @@ Seconds = NDArray[np.float64]
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
-FIRST = (1, 4, 8, 12)  # rows that nobody should have to wait for
 REACH = 0.06  # weight of a call in the correction
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
@@ -166,7 +165,7 @@ def meet(target: Any, drafters: Sequence[Any], width: int, most: int) -> None:
     every: list[Any] = [_TargetCalls(target, most), *(_DrafterCalls(drafter, width, most) for drafter in drafters)]
     for calls in every:
         one = calls.open(1)
-        for n in FIRST:
+        for n in (size for size in SIZES if size <= 16):
             calls.call([one], n)
         calls.engine.reset()
 

@@ -127,8 +127,9 @@ class OpenVinoGraph:
         return -(-rows // STEP) * STEP
 
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
-        rows = len(inputs["asked"]) if "asked" in inputs and len(inputs["asked"]) == inputs["token_ids"].shape[1] else 0
-        request = self._request(rows if rows in self.sizes else 0)
+        rows = len(inputs["asked"]) if self.sizes else 0
+        alike = rows in self.sizes and rows == inputs["token_ids"].shape[1]
+        request = self._request(rows if alike else 0)
         for name, value in inputs.items():
             request.set_tensor(name, self._ov.Tensor(value, shared_memory=bool(value.size and value.ndim)))
         request.infer()

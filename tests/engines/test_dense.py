@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from engines.dense import SIZES, DenseEngine, Target, pad, padded
+from engines.dense import SIZES, DenseEngine, pad, padded
 from engines.engine import GraphInfo
 from engines.kv_cache import Buffer
+from tests.engines.conftest import PAIRS
 
 INFO = GraphInfo(layers=1, kv_heads=1, head_dim=1, feature_width=1, vocabulary=7)
 
@@ -99,11 +100,10 @@ def test_sizes():
     assert pad(np.ones((2, 3, 1)), 4, 2).sum() == 6
 
 
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[1] != "openvino"], ids="-".join, indirect=True)
 def test_the_cache_is_handed_over_without_a_copy(served):
     """What is written into the cache's own memory is what the next call reads."""
     target = served[1][0]
-    if not isinstance(target, Target):
-        pytest.skip("has no dense caches")
     engine, sequence = target.engine, target.open([5, 6, 7, 8], 4)
     target.forward([sequence], np.array([[5, 6, 7]]), np.arange(3)[None], np.tri(3, dtype=bool)[None], [3])
     target.keep([range(3)])

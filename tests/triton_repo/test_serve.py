@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,22 +275,31 @@ async def test_a_client_that_leaves_frees_its_place(server):
 
 
 def test_a_request_is_stopped_by_its_id(server):
-    """Over HTTP, where Triton does not tell that a client has hung up."""
-    ids = [f"stop-{number}" for number in range(5)]
+    """Over HTTP, where Triton does not tell that a client has hung up. Four run, the fifth waits or has not arrived yet."""
     # Long to make, too: five hundred passes, and three times as many drafts.
-    body = {"text_input": "long", "max_tokens": 500, "ignore_eos": True, "mode": "d2sd"}
-    with ThreadPoolExecutor(len(ids)) as pool:
-        answers = [pool.submit(post, server, body | {"id": name}) for name in ids]
-        eventually(lambda: requests_at_hand(server) == len(ids))
-        url = f"http://127.0.0.1:{server.ports.http}/v2/models/d2sd/generate"
-        for name in reversed(ids):
-            assert httpx.post(url, json={"id": name, "stop": True}).json()["finish_reason"] == "cancelled"
-        found = [answer.result().json() for answer in answers]
-    assert {answer["finish_reason"] for answer in found} == {"cancelled"}
-    assert all(answer["output_tokens"] < 500 for answer in found)
+    body = {"text_input": "long", "max_tokens": 500, "ignore_eos": True, "mode": "d2sd", "stream": True}
+    url = f"http://127.0.0.1:{server.ports.http}/v2/models/{{}}".format
+
+    def stop(name):
+        return httpx.post(url("d2sd/generate"), json={"id": name, "stop": True}).json()["finish_reason"]
+
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        streams = []
+        for name in ("a", "b", "c", "d"):
+            asked = httpx.stream("POST", url("ensemble/generate_stream"), json=body | {"id": name}, timeout=60)
+            streams.append(stack.enter_context(asked).iter_lines())
+            assert json.loads(next(streams[-1]).removeprefix("data: "))["finish_reason"] == ""
+        fifth = pool.submit(post, server, body | {"id": "e", "stream": False})
+        assert [stop(name) for name in "abcd"] == ["cancelled"] * 4
+        stop("e")
+        lasts = [json.loads([line for line in lines if line][-1].removeprefix("data: ")) for lines in streams]
+        lasts.append(fifth.result().json())
+    assert [last["finish_reason"] for last in lasts] == ["cancelled"] * 5
+    assert all(last["output_tokens"] < 500 for last in lasts)
     assert requests_at_hand(server) == 0
-    assert httpx.post(url, json={"id": ids[0], "stop": True}).json()["finish_reason"] == ""
-    nameless = httpx.post(url, json={"stop": True})
+    assert stop("a") == ""
+    nameless = httpx.post(url("d2sd/generate"), json={"stop": True})
     assert nameless.status_code == 400
     assert "stop: found in a request without an id" in nameless.json()["error"]
 
