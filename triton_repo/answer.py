@@ -22,7 +22,7 @@ class Answer:
     """A request of the serving loop, answered through a Triton sender.
 
     Attributes:
-        stream: whether its client wants pieces. stops: whether stop words can end it.
+        stream: whether its client wants pieces. stops: whether stop words can end it. outputs: names of those that it wants.
     """
 
     id: str
@@ -31,6 +31,7 @@ class Answer:
     stream: bool
     text: text.Growing
     stops: bool
+    outputs: frozenset[str]
     unread: list[int] = field(default_factory=list)  # tokens that are not text yet
     unsent: str = field(default="")  # text that the client does not have yet
     unsent_ids: list[int] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Answer:
             if self.stream or finish:
                 sequence = self.sequence
                 response = _response(
+                    self.outputs,
                     *(self.unsent, self.unsent_ids, count, cycles),
                     *(len(sequence.prompt), sequence.drafted, sequence.accepted),
                     self._scores(self.unsent_ids, sequence.scores[self.sent :]),
@@ -114,12 +116,13 @@ def refuse(sender: Any, error: Exception) -> None:
     sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), kind)), flags=FINAL)
 
 
-def stopped(sender: Any, count: int) -> None:
+def stopped(outputs: frozenset[str], sender: Any, count: int) -> None:
     """Tell the client that asked for a stop whether there was anything to end."""
-    sender.send(_response(finish_reason="cancelled" if count else ""), flags=FINAL)
+    sender.send(_response(outputs, finish_reason="cancelled" if count else ""), flags=FINAL)
 
 
 def _response(
+    outputs: frozenset[str],
     piece: str = "",
     ids: Any = (),
     tokens: int = 0,
@@ -133,18 +136,23 @@ def _response(
     *,
     finish_reason: str,
 ) -> Any:
-    return pb_utils.InferenceResponse(
-        [
-            tensors.texts("text_output", [piece]),
-            tensors.output("output_ids", ids, np.int32),
-            tensors.output("output_tokens", [tokens], np.int32),
-            tensors.output("cycles", [cycles], np.int32),
-            tensors.output("num_input_tokens", [prompt], np.int32),
-            tensors.output("num_draft_tokens", [drafted], np.int32),
-            tensors.output("acceptance_histogram", list(accepted), np.int32),
-            tensors.texts("log_probs", [scores]),
-            tensors.texts("prompt_log_probs", [prompt_scores]),
-            tensors.texts("trace_output", [trace]),
-            tensors.texts("finish_reason", [finish_reason]),
-        ]
-    )
+    """What of a response is wanted. Triton drops the rest itself, but Python's objects without Python's lock, which corrupts
+    this process in time (python_backend #390, in 24.12)."""
+    texts = {
+        "text_output": piece,
+        "log_probs": scores,
+        "prompt_log_probs": prompt_scores,
+        "trace_output": trace,
+        "finish_reason": finish_reason,
+    }
+    numbers = {
+        "output_ids": ids,
+        "output_tokens": [tokens],
+        "cycles": [cycles],
+        "num_input_tokens": [prompt],
+        "num_draft_tokens": [drafted],
+        "acceptance_histogram": list(accepted),
+    }
+    wanted = [tensors.texts(name, [value]) for name, value in texts.items() if name in outputs]
+    wanted += [tensors.output(name, value, np.int32) for name, value in numbers.items() if name in outputs]
+    return pb_utils.InferenceResponse(wanted)

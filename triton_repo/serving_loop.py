@@ -107,8 +107,7 @@ class ServingLoop:
             else:
                 self.requests[arrived.sequence] = arrived
                 if self._early.pop(arrived.id, 0.0) > time.monotonic():
-                    arrived.sequence.finish = "cancelled"
-                    self._hand_out([])
+                    arrived.sequence.finish, wait = "cancelled", False
                     continue
                 try:
                     self.scheduler.add(arrived.sequence)

@@ -90,10 +90,11 @@ class TritonPythonModel:
         Raises:
             ValueError: naming the input, what was found and what is allowed.
         """
+        outputs = frozenset(request.requested_output_names())
         if tensors.scalar(request, "stop", False):
             if not request.request_id():
                 raise ValueError("stop: found in a request without an id, allowed: with the id of what is to end")
-            return Stop(request.request_id(), partial(stopped, sender))
+            return Stop(request.request_id(), partial(stopped, outputs, sender))
         prompt = tensors.integers(request, "input_ids")
         if bad := [token for token in prompt if not 0 <= token < self.vocabulary]:
             raise ValueError(f"input_ids: found {bad[0]}, allowed: 0 to {self.vocabulary - 1}")
@@ -123,7 +124,7 @@ class TritonPythonModel:
         words = tensors.strings(request, "stop_words")
         growing = text.Growing(self.text, text.StopWords(words) if words else None)
         stream = bool(tensors.scalar(request, "stream", False))
-        answer = Answer(request.request_id(), sequence, sender, stream, growing, bool(words))
+        answer = Answer(request.request_id(), sequence, sender, stream, growing, bool(words), outputs)
         self.watch.arrived(answer)
         return answer
 

@@ -24,7 +24,6 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
-        self.outputs = [tensor["name"] for tensor in config["output"]]
         self.waiting: dict[str, Any] = {}  # senders by request id
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(WAITING)
@@ -41,17 +40,19 @@ class TritonPythonModel:
                     raise ValueError("stream: found true, allowed: false, since one response answers; ask ensemble for more")
                 given = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self.inputs}
                 copies = [pb_utils.Tensor(name, given[name].as_numpy().copy()) for name in given if given[name] is not None]
-                self.pool.submit(self._answer, copies, request.request_id() or uuid.uuid4().hex, sender)
+                # What nobody wants is not asked for: dropped by Triton, it would corrupt this process (see answer.py).
+                outputs = list(request.requested_output_names())
+                self.pool.submit(self._answer, copies, outputs, request.request_id() or uuid.uuid4().hex, sender)
             except ValueError as error:
                 sender.send(pb_utils.InferenceResponse(error=tensors.invalid(error)), flags=FINAL)
 
-    def _answer(self, inputs: list[Any], request_id: str, sender: Any) -> None:
+    def _answer(self, inputs: list[Any], outputs: list[str], request_id: str, sender: Any) -> None:
         """Ask the ensemble and pass on what it says."""
         key = uuid.uuid4().hex  # clients may give one id to several requests
         with self.lock:
             self.waiting[key] = (request_id, sender)
         try:
-            responses = _ask("ensemble", self.outputs, inputs, request_id)
+            responses = _ask("ensemble", outputs, inputs, request_id)
             answers = [response for response in responses if response.has_error() or response.output_tensors()]
             response = answers[0]
             if response.has_error():
