@@ -22,16 +22,16 @@ PIPELINE = """
 target: {{checkpoint: {root}/target}}
 decoding: {{mode: autoregressive}}
 engine: {{precision: f32}}
-limits: {{sequences: 2, waiting: 3, length: 1024, max_tokens: 480}}
+limits: {{sequences: 2, waiting: 3, length: 2048, max_tokens: 480}}
 """
-LONG = 900  # tokens, a second at least
+LONG = 1800  # tokens, two seconds at least
 SHORT = Options(max_tokens=4)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("load")
-    tiny.save_target(root / "target", num_hidden_layers=8)  # or long answers would be over before the others come
+    tiny.save_target(root / "target", num_hidden_layers=8, max_position_embeddings=2048)  # or long answers would be over before the others come
     (root / "pipeline.yaml").write_text(PIPELINE.format(root=root))
     build(load(root / "pipeline.yaml"), root / "build")
     with Server(root / "build", "127.0.0.1", Ports(0, 0, 0), log=root / "triton.log") as running:
@@ -88,12 +88,9 @@ def test_whoever_finds_no_place_waits_and_one_too_many_is_refused_at_once(server
             answers.put(error)
 
     threads = [threading.Thread(target=ask, args=(which,)) for which in (options, options, SHORT, SHORT, SHORT)]
-    for thread in threads[:2]:
+    for thread in threads:
         thread.start()
-    time.sleep(0.1)
-    for thread in threads[2:]:
-        thread.start()
-    time.sleep(0.1)
+        time.sleep(0.15)  # until it has come, on a busy machine too
     began = time.monotonic()
     with pytest.raises(ServiceError, match=r"limits.waiting: found 3 requests waiting for a place, allowed: no more") as told:
         asked.generate("now", SHORT)
