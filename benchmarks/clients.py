@@ -91,7 +91,7 @@ def commands(tool: str, folder: Path, url: str, model: str, tokenizer: Path) -> 
                 *("--extra-inputs", "ignore_eos:true", "--output-artifact-dir", str(folder / "aiperf-results")),
             ]
         ]
-    data = f"kind=synthetic_text,prompt_tokens=60,output_tokens=32,processor={tokenizer}"
+    data = "kind=synthetic_text,prompt_tokens=60,output_tokens=32"
     return [
         [
             *("guidellm", "run", "--backend", f"kind=openai_http,target={url.removesuffix('/v1')},model={model}"),
@@ -118,7 +118,7 @@ def main() -> int:
             own = {"PATH": f"{place}:/usr/bin:/bin", "HOME": str(folder)}
             # aiperf takes a folder for the name of a repository if it is told that there is no hub.
             own |= {} if tool == "aiperf" else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-            status = subprocess.run([place / program, *options], env=own, check=False).returncode
+            status = subprocess.run([place / program, *options], env=own, cwd=folder, check=False).returncode
             failed += [tool] if status else []
     print(f"failed: {', '.join(failed)}" if failed else "all ran")
     return bool(failed)
