@@ -31,7 +31,7 @@ from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory, BuildDirectoryError
 from engines.costs import machine
 from engines.engine import EngineError
-from training.prompts import chat_ids, first_of_each_task, read_prompts
+from export.prompts import chat_ids, first_of_each_task, read_prompts
 
 PLAIN: ModeName = "autoregressive"
 MODES: tuple[ModeName, ...] = (PLAIN, "lookup", "dflash", "ddtree", "d2sd", "auto")

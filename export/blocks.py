@@ -1,4 +1,4 @@
-"""Quantised weights as they lie in a GGUF file: blocks of codes with a scale, and perhaps a minimum, each.
+"""Quantised weights as they lie in a GGUF file, or as ``gguf`` rounds them: blocks of codes with a scale, perhaps a minimum.
 
 ``w = scale · code + minimum``, exactly as the file says it: nothing is rounded a second time. What a block's numbers mean is
 GGUF's specification (ggml's ``block_q4_0`` and its like); ``gguf`` reads the file.
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map, quants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,11 +73,13 @@ def read_gguf(path: Path) -> dict[str, Blocks]:
     return found
 
 
-def unknown_types(path: Path) -> list[str]:
-    """Types of a GGUF file's matrices that are quantised in a way that is not in the table."""
+def quantised_types(path: Path | None) -> dict[str, int | None]:
+    """The types of a GGUF file's quantised matrices, with the bits of their codes; None for a type that is not in the table."""
+    if path is None:
+        return {}
     plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
-    types = {t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) == 2}
-    return sorted(kind.name for kind in types - plain - READERS.keys())
+    types = {t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) == 2} - plain
+    return {kind.name: (8 if kind in WIDE else 4) if kind in READERS else None for kind in types}
 
 
 def _half(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -151,6 +153,9 @@ READERS: dict[GGMLQuantizationType, Callable[[NDArray[np.uint8], int], Blocks]] 
 }
 
 
+WIDE = {GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K}  # those whose codes need 8 bits
+
+
 class BlockLinear(nn.Module):
     """A linear layer without bias whose weights stay in blocks, ``[..., K]`` to ``[..., N]``; for export only."""
 
@@ -159,7 +164,7 @@ class BlockLinear(nn.Module):
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
-        self.size = blocks.size
+        self.size, self.in_features = blocks.size, blocks.codes.shape[1]
         name = CODES if blocks.bits == 4 else "bytes"
         self.name = name
         self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(blocks.codes.T)))  # [K, N]
@@ -204,41 +209,56 @@ def _dequantised(codes: Tensor, scales: Tensor, size: int) -> Tensor:
     return codes * scales.repeat_interleave(size, dim=0)
 
 
+Find = Callable[[str, nn.Linear | nn.Embedding], Blocks | None]  # what stands for a matrix of this name; None: itself
+
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen3": MODEL_ARCH.QWEN3}
 
 
-def keep_blocks(model: PreTrainedModel, gguf: Path) -> list[str]:
-    """Put the blocks of a GGUF file in the place of a model's weights that were made of them.
-
-    Args:
-        model: loaded from this file; changed in place, and from then on for export only.
+def place_blocks(model: nn.Module, find: Find) -> list[str]:
+    """Put blocks in the place of a module's matrices, in place; from then on it is for export only.
 
     Returns:
-        Names of the matrices that stay as they are: the file holds them unquantised, or in a type that is not in the table.
+        Names of the matrices that stay as they are.
     """
-    found, config = read_gguf(gguf), model.config
-    names = get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     left = []
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        tied = config.tie_word_embeddings and module is model.get_output_embeddings()
+        if (blocks := find(name, module)) is None:
+            left.append(name)
+            continue
+        parent, _, own = name.rpartition(".")
+        kind = BlockEmbedding if isinstance(module, nn.Embedding) else BlockLinear
+        setattr(model.get_submodule(parent), own, kind(blocks))
+    return left
+
+
+def blocks_of_file(model: PreTrainedModel, gguf: Path) -> Find:
+    """The blocks of the GGUF file that a model was loaded from, as far as their type is in the table."""
+    found, config = read_gguf(gguf), model.config
+    names = get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    head = model.get_output_embeddings()
+
+    def find(name: str, module: nn.Linear | nn.Embedding) -> Blocks | None:
+        tied = config.tie_word_embeddings and module is head
         stored = names.get_name("model.embed_tokens" if tied else name)
         blocks = found.get(f"{stored}.weight")
         if blocks is not None and (order := _order(stored, config, len(blocks.codes))) is not None:
             blocks = blocks.rows(order)
-        weights = module.weight.detach().numpy()
-        embedding = isinstance(module, nn.Embedding)
-        if (
-            blocks is None
-            or (embedding and blocks.minima is not None)
-            or not np.allclose(blocks.dense(), weights, rtol=1e-5, atol=1e-6)
-        ):
-            left.append(name)
-            continue
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, BlockEmbedding(blocks) if embedding else BlockLinear(blocks))
-    return left
+        if blocks is None or (isinstance(module, nn.Embedding) and blocks.minima is not None):
+            return None
+        same = np.allclose(blocks.dense(), module.weight.detach().numpy(), rtol=1e-5, atol=1e-6)
+        return blocks if same else None
+
+    return find
+
+
+def rounded(weights: NDArray[np.float32], kind: GGMLQuantizationType) -> Blocks | None:
+    """A matrix ``[N, K]`` in blocks of a type of the table; None where its blocks do not divide K."""
+    columns = weights.shape[1]
+    if columns % GGML_QUANT_SIZES[kind][0]:
+        return None
+    return READERS[kind](quants.quantize(weights, kind), columns)
 
 
 def _order(stored: str | None, config: PreTrainedConfig, rows: int) -> NDArray[np.int64] | None:

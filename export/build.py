@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GRAPHS = ("target", "first", "second")
 # What an exported graph follows from, besides its checkpoints.
 SOURCES = (
-    *("export/target.py", "export/drafter.py", "export/onnx_export.py", "export/blocks.py", "export/paged_graph.py"),
+    *("export/target.py", "export/drafter.py", "export/onnx_export.py", "export/paged_graph.py"),
+    *("export/blocks.py", "export/quantise.py"),
     *("plugins/cascade_attention/op.py", "plugins/cascade_attention/function_body.py"),
 )
 # What a TensorRT engine follows from too.
@@ -40,7 +41,7 @@ COMPILED = (
     "export/tensorrt_build.py",
     *(f"plugins/cascade_attention/{name}.py" for name in ("kernel", "compiled", "split", "tensorrt_plugin")),
 )
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "gguf")
 
 
 class BuildError(UserError):
@@ -79,8 +80,8 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             print(f"{label}: exporting …", flush=True)
             start = time.monotonic()
             with replacing(place) as partial:
-                info = sources.export(graph, partial / "model.onnx", pipeline.engine.graph_dtype)
-                record: dict[str, Any] = {"key": keys[graph], "info": asdict(info)}
+                info, weights = sources.export(graph, partial / "model.onnx", pipeline.engine.graph_dtype)
+                record: dict[str, Any] = {"key": keys[graph], "info": asdict(info), "weights": weights}
                 if not compiled:
                     write_paged(partial / "model.onnx", partial / "paged.onnx")
                 if compiled:
@@ -120,7 +121,7 @@ def _key(pipeline: Pipeline, sources: "Sources", graph: str, shapes: tensorrt_bu
     compiled = backend in get_args(CompiledBackend)
     code = SOURCES + COMPILED if compiled else SOURCES
     made_from = {
-        "backend": [backend if compiled else "onnx", pipeline.engine.graph_dtype, pipeline.engine.weights, shapes],
+        "backend": [backend if compiled else "onnx", pipeline.engine.graph_dtype, shapes],
         "library": tensorrt_build.library(backend).__version__ if compiled else None,
         "device": tensorrt_build.device(backend),
         "checkpoints": sources.fingerprints(graph),

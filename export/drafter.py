@@ -140,8 +140,6 @@ class Drafter(nn.Module):
         mask_id: the id of a masked place in ``block_ids``.
     """
 
-    embedding: Tensor
-    head: Tensor
     draft_ids: Tensor | None
     temperatures: Tensor | None
 
@@ -157,8 +155,10 @@ class Drafter(nn.Module):
         super().__init__()
         self.dflash = dflash
         self.mask_id = mask_id
-        self.register_buffer("embedding", embedding)
-        self.register_buffer("head", head)
+        self.embedding = nn.Embedding.from_pretrained(embedding)
+        vocabulary, hidden = head.shape
+        self.head = nn.Linear(hidden, vocabulary, bias=False, device="meta")
+        self.head.weight = nn.Parameter(head, requires_grad=False)
         self.register_buffer("draft_ids", draft_ids)
         self.register_buffer("temperatures", temperatures)
 
@@ -172,9 +172,9 @@ class Drafter(nn.Module):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return logits ``[B, N, Vd]`` over the draft vocabulary and the new rows of each layer."""
-        block = nn.functional.embedding(block_ids, self.embedding)
+        block = self.embedding(block_ids)
         hidden, new = self.dflash(block, features, positions, mask, past_lengths, past)
-        return nn.functional.linear(hidden, self.head), new
+        return self.head(hidden), new
 
     def forward(
         self,

@@ -4,20 +4,22 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
 from export import checkpoints, ends
-from export.blocks import keep_blocks, unknown_types
+from export.blocks import place_blocks
 from export.checkpoints import CheckpointError, DrafterCheckpoint
-from export.config import CompiledBackend, Pipeline, Weights
+from export.config import CompiledBackend, DrafterWeights, Pipeline, Weights
 from export.drafter import Drafter
 from export.onnx_export import export_drafter, export_target
+from export.quantise import held_out_prompts, in_blocks, rounded_to, rounder
 from export.target import Target
 
+HELD_OUT = Path(__file__).resolve().parent.parent / "training" / "prompts" / "eval.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -27,7 +29,8 @@ class Sources:
 
     Attributes:
         folder, config: of the target. gguf: the file that the folder was converted from, if it was.
-        weights: as ``engine.weights`` asks.
+        weights, drafter_weights: as ``engine`` asks.
+        held_out: files of prompts on which rounded weights are held against f32.
         layer_ids: the target's layers whose outputs are its features.
         drafters: ``first`` and ``second``, or none. built: the same, between the target's embedding and head, with the id
             that stands for a mask.
@@ -38,6 +41,8 @@ class Sources:
     gguf: Path | None
     config: PreTrainedConfig
     weights: Weights
+    drafter_weights: DrafterWeights
+    held_out: list[Path]
     layer_ids: list[int]
     drafters: dict[str, DrafterCheckpoint]
     built: dict[str, tuple[Drafter, int]]
@@ -54,29 +59,33 @@ class Sources:
     def fingerprints(self, graph: str) -> list[str]:
         """Of what a graph is made of: the target's own, and a drafter's or the layers that the target shows to them."""
         if graph == "target":
-            return [self._target_hash, str(self.layer_ids)]
-        return [self._target_hash, checkpoints.fingerprint(self.drafters[graph].path)]
+            asked = held_out_prompts(self.held_out) if rounded_to(self.weights, self.gguf) else []
+            return [self._target_hash, str(self.layer_ids), self.weights, str(asked)]
+        return [self._target_hash, self.drafter_weights, checkpoints.fingerprint(self.drafters[graph].path)]
 
     @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return ends.end_ids(self.folder, self.config.vocab_size)
 
-    def export(self, graph: str, path: Path, dtype: str) -> GraphInfo:
-        """Write a graph's ONNX file, its floats of a PyTorch dtype, and say what its engine needs to know of it."""
+    def export(self, graph: str, path: Path, dtype: str) -> tuple[GraphInfo, dict[str, Any]]:
+        """Write a graph's ONNX file, its floats of a PyTorch dtype.
+
+        Returns:
+            What its engine needs to know of it, and what was made of its weights (``quantise.py``).
+        """
         if graph == "target":
-            model = checkpoints.load_target(self.folder)
-            if self.gguf and self.weights == "auto":
-                left = keep_blocks(model, self.gguf)
-                if left and (unknown := unknown_types(self.gguf)):
-                    print(f"unfolded, since their type ({', '.join(unknown)}) is not served as it lies: {', '.join(left)}")
+            model, weights = in_blocks(self.folder, self.gguf, self.weights, self.held_out)
             export_target(Target(model, self.layer_ids), path, getattr(torch, dtype))
             config, mask_id = self.config, -1
         else:
             drafter, mask_id = self.built[graph]
+            weights = {"form": self.drafter_weights}
+            if self.drafter_weights != "f32":
+                place_blocks(drafter, rounder(self.drafter_weights))
             config = self.drafters[graph].config
             export_drafter(drafter, config, path, getattr(torch, dtype))
-        return GraphInfo(
+        info = GraphInfo(
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
@@ -85,6 +94,7 @@ class Sources:
             mask_id=mask_id,
             heads=config.num_attention_heads,
         )
+        return info, weights
 
     def copy_tokenizer(self, folder: Path) -> None:
         for name in TOKENIZER_FILES:
@@ -103,6 +113,8 @@ def open_sources(pipeline: Pipeline) -> Sources:
     config = checkpoints.target_config(folder)
     compiled = pipeline.engine.backend in get_args(CompiledBackend)  # TensorRT's networks are typed: no blocks in them yet
     weights: Weights = "f32" if compiled else pipeline.engine.weights
+    drafter_weights = pipeline.engine.drafter_weights
+    held_out = [Path(file) for file in pipeline.training.evaluation_prompts] or [HELD_OUT]
     if pipeline.limits.length > config.max_position_embeddings:
         raise CheckpointError(
             f"limits.length: found {pipeline.limits.length}, allowed: up to {config.max_position_embeddings}, "
@@ -111,7 +123,7 @@ def open_sources(pipeline: Pipeline) -> Sources:
     if pipeline.drafters is None:
         training = pipeline.training
         layer_ids = training.target_layer_ids or checkpoints.spread_layers(config.num_hidden_layers, training.layers)
-        return Sources(folder, gguf, config, weights, layer_ids, {}, {}, training.block_size)
+        return Sources(folder, gguf, config, weights, drafter_weights, held_out, layer_ids, {}, {}, training.block_size)
     references = {"first": pipeline.drafters.first, "second": pipeline.drafters.second}
     drafters = {name: checkpoints.read_drafter(checkpoints.locate(path)) for name, path in references.items()}
     first, second = drafters["first"], drafters["second"]
@@ -128,4 +140,6 @@ def open_sources(pipeline: Pipeline) -> Sources:
             )
     embedding, head = checkpoints.target_embeddings(folder)
     built = {name: checkpoints.build_drafter(drafter, config, embedding, head) for name, drafter in drafters.items()}
-    return Sources(folder, gguf, config, weights, first.target_layer_ids, drafters, built, block_size)
+    return Sources(
+        folder, gguf, config, weights, drafter_weights, held_out, first.target_layer_ids, drafters, built, block_size
+    )

@@ -19,8 +19,8 @@ from engines.build_directory import BuildDirectory
 from export import checkpoints
 from export.build import build
 from export.config import load
+from export.prompts import chat_ids, first_of_each_task, read_prompts
 from training import evaluate
-from training.prompts import chat_ids, first_of_each_task, read_prompts
 from triton_repo.serve import Ports, Server
 
 ROOT = Path(__file__).resolve().parents[1]

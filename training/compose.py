@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 
 from export import checkpoints
 from export.config import UserError, load
+from export.prompts import Prompt, PromptError, read_prompts
 from training import german
 from training.corpus import read_corpus
-from training.prompts import Prompt, PromptError, read_prompts, without_overlap
+from training.prompts import without_overlap
 
 SHORT, LONG = 60, 420  # words of a passage
 SUMS = "math"  # the task whose texts nobody summarises

@@ -24,7 +24,8 @@ from engines.build_directory import BuildDirectory
 from engines.dense import Target
 from export.build import build
 from export.config import UserError, load
-from training.prompts import OPENINGS, Prompt, PromptError, chat_ids, opening_ids, read_prompts, without_overlap
+from export.prompts import Prompt, PromptError, chat_ids, read_prompts
+from training.prompts import OPENINGS, opening_ids, without_overlap
 
 SLOTS = 16  # prompts answered together
 WARM = 0.8  # temperature of every third answer; the others are greedy

@@ -23,10 +23,10 @@ from engines.dense import Drafter
 from export import checkpoints
 from export.build import build
 from export.config import Pipeline, UserError, load
+from export.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
 from training import report
 from training.corpus import Answer, Answerer, read_corpus
 from training.features import Features
-from training.prompts import Prompt, chat_ids, first_of_each_task, read_prompts
 from training.replay import ROWS, HostDrafter, Record, RecordingDrafter, ReplayTarget
 
 SLOTS = 8  # answers decoded together

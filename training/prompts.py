@@ -1,13 +1,10 @@
-"""Prompts: read from files, or invented by the target itself; none that overlaps what it is evaluated on."""
+"""Prompts that the target invents itself, and none that overlaps what it is evaluated on."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from export.config import UserError
+from export.prompts import Prompt
 
 OVERLAP = 13  # words in a row that a training prompt may not share with an evaluation prompt
 
@@ -22,54 +19,6 @@ OPENINGS: dict[str, Sequence[str]] = {
     "summarization": ("Summarize:", "Summarize the following article in one sentence.\n"),
     "translation": ("Translate German to English:", "Translate to French:", "Translate this into Spanish:"),
 }
-
-
-class PromptError(UserError):
-    """A file of prompts cannot be used; the message names the line."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked: the turns of a conversation, one after the other."""
-
-    id: str
-    task: str
-    turns: tuple[str, ...]
-
-
-def read_prompts(files: Iterable[Path]) -> list[Prompt]:
-    """Read prompts (JSONL: id, task, turns).
-
-    Raises:
-        PromptError: a file is missing, or a line is not a prompt.
-    """
-    return [prompt for file in files for prompt in _read(file)]
-
-
-def first_of_each_task(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
-    """At most ``count`` prompts of every task, in their order."""
-    taken: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        of_task = taken.setdefault(prompt.task, [])
-        if len(of_task) < count:
-            of_task.append(prompt)
-    return [prompt for of_task in taken.values() for prompt in of_task]
-
-
-def _read(file: Path) -> Iterator[Prompt]:
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold other ends of line
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            raw = json.loads(line)
-            turns = tuple(raw["turns"])
-            if not turns or not all(isinstance(turn, str) and turn for turn in turns):
-                raise ValueError("turns: allowed: a list of texts")
-            yield Prompt(str(raw["id"]), str(raw["task"]), turns)
-        except (ValueError, KeyError, TypeError) as error:
-            raise PromptError(f"{file}:{number}: not a prompt ({error!r}); allowed: id, task, turns") from None
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
@@ -88,13 +37,6 @@ def without_overlap(prompts: Iterable[Prompt], evaluation: Iterable[Prompt]) -> 
         for prompt in prompts
         if not any(grams(turn) & forbidden or " ".join(turn.casefold().split()) in whole for turn in prompt.turns)
     ]
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, history: Sequence[str]) -> list[int]:
-    """Token ids of a conversation whose last turn is the user's, up to the opening of the target's answer."""
-    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(history)]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase, opening: str) -> list[int]:

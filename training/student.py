@@ -82,7 +82,7 @@ class Student(nn.Module):
         student = cls(checkpoint.config, target, draft_ids)
         student.dflash.load_state_dict(built.dflash.state_dict())
         with torch.no_grad():
-            student.mask_embedding.copy_(built.embedding[mask_id])
+            student.mask_embedding.copy_(built.embedding.weight[mask_id])
             if scale is not None:
                 student.scale.copy_(scale)
                 student.dflash.fc.weight.mul_(scale)

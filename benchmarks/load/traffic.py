@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client import AsyncClient, Message, Options, Piece, ServiceError
-from training.prompts import read_prompts
+from export.prompts import read_prompts
 from triton_repo.prompt import Prompts
 
 ROOT = Path(__file__).resolve().parents[2]

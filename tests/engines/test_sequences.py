@@ -161,7 +161,7 @@ def plain(pipeline):
     for name in ("first", "second"):
         checkpoint = checkpoints.read_drafter(file.parent / name)
         drafter, _ = checkpoints.build_drafter(checkpoint, model.config, embedding, head)
-        independent = IndependentDrafter(checkpoint.weights, checkpoint.config, drafter.embedding, drafter.head)
+        independent = IndependentDrafter(checkpoint.weights, checkpoint.config, drafter.embedding.weight, drafter.head.weight)
         made.append((independent, drafter.draft_ids))
     return made
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 
-from export.blocks import READERS, BlockEmbedding, BlockLinear, read_gguf, unknown_types
+from export.blocks import READERS, BlockEmbedding, BlockLinear, quantised_types, read_gguf
 
 TYPES = list(READERS)
 
@@ -38,7 +38,7 @@ def test_blocks_are_what_the_file_says(kind, tmp_path):
     np.testing.assert_allclose(blocks.dense(), expected, rtol=2e-6, atol=1e-6 * np.abs(expected).max())
     assert blocks.codes.dtype == np.int8
     assert blocks.bits == 8 or (blocks.codes.min() >= -8 and blocks.codes.max() <= 7)
-    assert unknown_types(tmp_path / "x.gguf") == []
+    assert quantised_types(tmp_path / "x.gguf") == {kind.name: blocks.bits}
 
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
     scale = np.abs(expected).max() * columns
@@ -57,5 +57,5 @@ def test_a_type_that_is_not_known_is_named(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert unknown_types(tmp_path / "x.gguf") == ["Q5_1"]
+    assert quantised_types(tmp_path / "x.gguf") == {"Q5_1": None}
     assert read_gguf(tmp_path / "x.gguf") == {}

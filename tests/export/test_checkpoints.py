@@ -155,23 +155,26 @@ def test_what_changes_no_answer_is_let_through(target):
     checkpoints.open_target(target)
 
 
-SHAPES = {"token_embd": (300, 36), "output_norm": (36,), "output": (300, 36)}
-LAYER = {
-    "attn_norm": (36,),
-    "ffn_norm": (36,),
-    "attn_q": (48, 36),
-    "attn_k": (16, 36),
-    "attn_v": (16, 36),
-    "attn_output": (36, 48),
-    "ffn_gate": (48, 36),
-    "ffn_up": (48, 36),
-    "ffn_down": (36, 48),
-}
+def gguf_shapes(hidden, wide, heads=6, head=8):
+    """Of the tensors of a Llama of two layers with two KV heads, by GGUF's names."""
+    layer = {
+        "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+        "attn_q": (heads * head, hidden),
+        "attn_k": (2 * head, hidden),
+        "attn_v": (2 * head, hidden),
+        "attn_output": (hidden, heads * head),
+        "ffn_gate": (wide, hidden),
+        "ffn_up": (wide, hidden),
+        "ffn_down": (hidden, wide),
+    }
+    ends = {"token_embd": (300, hidden), "output_norm": (hidden,), "output": (300, hidden)}
+    return ends | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in layer.items()}
 
 
-def gguf_shards(folder, shards, without=()):
-    """A tiny Llama in GGUF shards, as llama-gguf-split writes them."""
-    shapes = SHAPES | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in LAYER.items()}
+def gguf_shards(folder, shards, without=(), hidden=36, wide=48, heads=6, kind="F32"):
+    """A tiny Llama in GGUF shards, as llama-gguf-split writes them, its matrices of a type."""
+    shapes, kind = gguf_shapes(hidden, wide, heads), gguf.GGMLQuantizationType[kind]
     names = [name for name in shapes if name not in without]
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shapes[name]).astype(np.float32) for name in names}
@@ -181,9 +184,9 @@ def gguf_shards(folder, shards, without=()):
         if number == 0:
             writer.add_block_count(2)
             writer.add_context_length(512)
-            writer.add_embedding_length(36)
-            writer.add_feed_forward_length(48)
-            writer.add_head_count(6)
+            writer.add_embedding_length(hidden)
+            writer.add_feed_forward_length(shapes["blk.0.ffn_up"][0])
+            writer.add_head_count(heads)
             writer.add_head_count_kv(2)
             writer.add_rope_dimension_count(8)
             writer.add_key_length(8)
@@ -204,7 +207,9 @@ def gguf_shards(folder, shards, without=()):
             writer.add_uint16("split.count", shards)
             writer.add_int32("split.tensors.count", len(names))
         for name in names[number::shards]:
-            writer.add_tensor(f"{name}.weight", tensors[name])
+            matrix = tensors[name].ndim == 2 and kind is not gguf.GGMLQuantizationType.F32
+            data = gguf.quants.quantize(tensors[name], kind) if matrix else tensors[name]
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind if matrix else None)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -364,7 +369,7 @@ def test_a_drafter_of_another_target(drafter, target, message):
 def test_a_learned_mask_is_a_row_behind_the_vocabulary(drafter):
     built, mask_id = build(drafter)
     assert mask_id == 300
-    torch.testing.assert_close(built.embedding[300], load_file(drafter / "model.safetensors")["mask_embedding"])
+    torch.testing.assert_close(built.embedding.weight[300], load_file(drafter / "model.safetensors")["mask_embedding"])
 
 
 def test_a_drafter_without_any_mask(drafter):

@@ -147,7 +147,7 @@ def exported_drafter(request, tmp_path_factory):
     embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     drafter, mask_id = checkpoints.build_drafter(checkpoint, model.config, embedding, head)
     export_drafter(drafter, checkpoint.config, root / "model.onnx")
-    independent = IndependentDrafter(checkpoint.weights, checkpoint.config, drafter.embedding, drafter.head)
+    independent = IndependentDrafter(checkpoint.weights, checkpoint.config, drafter.embedding.weight, drafter.head.weight)
     return ort.InferenceSession(root / "model.onnx"), independent, drafter, mask_id
 
 

@@ -11,10 +11,10 @@ from engines.build_directory import BuildDirectory
 from export import checkpoints
 from export.build import build
 from export.config import load
+from export.prompts import read_prompts
 from tests import tiny
 from training import calibrate, compose, corpus, german, train
 from training.corpus import read_corpus
-from training.prompts import read_prompts
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
 

@@ -16,11 +16,12 @@ from engines.build_directory import BuildDirectory
 from export import checkpoints
 from export.build import build
 from export.config import load
+from export.prompts import Prompt, PromptError, read_prompts
 from tests import shared, tiny
 from training import corpus, evaluate, report
 from training.corpus import Answer, read_corpus, temperature_of
 from training.features import Features
-from training.prompts import Prompt, PromptError, read_prompts, without_overlap
+from training.prompts import without_overlap
 from training.replay import Record
 
 QUESTIONS = ["the quick brown fox", "größer 日本語 🎉", "one two three", "x"]
