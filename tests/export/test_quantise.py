@@ -145,7 +145,9 @@ def test_widths_that_blocks_do_not_divide_stay(tmp_path, capsys):
 
 def test_prompts_that_cannot_be_read_end_a_build_in_one_line(folder, tmp_path, capsys):
     file = tmp_path / "pipeline.yaml"
-    file.write_text(f"target: {{checkpoint: {folder}}}\ntraining: {{evaluation_prompts: [none.jsonl]}}\n")
+    file.write_text(
+        f"target: {{checkpoint: {folder}}}\nlimits: {{length: 512}}\ntraining: {{evaluation_prompts: [none.jsonl]}}\n"
+    )
     assert main([str(file), "--output", str(tmp_path / "build")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: none.jsonl: cannot be read")
 
