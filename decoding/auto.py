@@ -66,7 +66,8 @@ class Auto:
                 group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
                 group.nodes = self.reach
                 if mode.drafts:
-                    group.text = (proposed or self.text.propose(own)).of(places).sent(self.target)
+                    said = proposed.of(places) if proposed else self.text.propose(group.sequences)
+                    group.text = said.sent(self.target)
                 else:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))

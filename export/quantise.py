@@ -138,7 +138,7 @@ def in_blocks(
         PromptError: the cost has to be taken, and the prompts cannot be read.
     """
     model, types = load_target(folder), quantised_types(gguf)
-    if form := rounded_to(weights, gguf):
+    if form := rounded_to(weights, types):
         held_out = HeldOut(model, folder, prompts)
         kept = {4, 8} if weights == "auto" else {BITS[form]}
         of_file, anew = blocks_of_file(model, gguf) if gguf else _none, rounder(form)
@@ -168,10 +168,13 @@ def in_blocks(
     return model, {"form": "+".join(sorted(types))}
 
 
-def rounded_to(weights: Weights, gguf: Path | None) -> Form | None:
-    """What a target is rounded to, if it is: ``auto`` leaves a file alone whose quantised matrices can all be served."""
+def rounded_to(weights: Weights, types: dict[str, int | None]) -> Form | None:
+    """What a target is rounded to, if it is: ``auto`` leaves a file alone whose quantised matrices can all be served.
+
+    Args:
+        types: of the file that it was converted from, by ``quantised_types``.
+    """
     if weights == "auto":
-        types = quantised_types(gguf)
         return None if types and all(types.values()) else AUTO
     return None if weights == "f32" else weights
 

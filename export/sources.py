@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from engines.engine import GraphInfo
 from export import checkpoints, ends
-from export.blocks import place_blocks
+from export.blocks import place_blocks, quantised_types
 from export.checkpoints import CheckpointError, DrafterCheckpoint
 from export.config import CompiledBackend, DrafterWeights, Pipeline, Weights
 from export.drafter import Drafter
@@ -59,7 +59,7 @@ class Sources:
     def fingerprints(self, graph: str) -> list[str]:
         """Of what a graph is made of: the target's own, and a drafter's or the layers that the target shows to them."""
         if graph == "target":
-            asked = held_out_prompts(self.held_out) if rounded_to(self.weights, self.gguf) else []
+            asked = held_out_prompts(self.held_out) if rounded_to(self.weights, quantised_types(self.gguf)) else []
             return [self._target_hash, str(self.layer_ids), self.weights, str(asked)]
         return [self._target_hash, self.drafter_weights, checkpoints.fingerprint(self.drafters[graph].path)]
 

@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from client import Client, Options
 from client.request import to_tensors
+from tests.triton_repo.at_hand import eventually, requests_at_hand
 from triton_repo.serve import Ports, Server
 
 SEED, REQUESTS = 14, 150
@@ -150,7 +151,7 @@ def test_every_request_is_answered_or_refused(server):
     assert REQUESTS * 0.05 < answered < REQUESTS * 0.9
     assert memory(server) < half * 1.05 + 5
     assert server.fault() is None
-    wait_for(server, 0)
+    eventually(lambda: requests_at_hand(server, "running") == 0)
 
 
 PLAIN = ("text_input", "max_tokens")
@@ -185,17 +186,9 @@ def test_a_unary_request_ends_when_its_client_leaves(server):
     with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
         long = to_tensors({"text_input": "x", "max_tokens": 500, "end_id": 299}, grpc)
         call = service.async_infer("tensorrt_llm_bls", long, lambda result, error: None)
-        wait_for(server, 1)
+        eventually(lambda: requests_at_hand(server, "running") == 1)
         call.cancel()
-        wait_for(server, 0)
-
-
-def wait_for(server, requests, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
-    while f'd2sd:num_requests_running{{model="d2sd"}} {requests}\n' not in httpx.get(url).text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        eventually(lambda: requests_at_hand(server, "running") == 0)
 
 
 def test_the_twin_has_the_tensors_of_the_ensemble(built):

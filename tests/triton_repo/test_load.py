@@ -16,6 +16,7 @@ from client import AsyncClient, Client, Options, ServiceError
 from export.build import build
 from export.config import load
 from tests import tiny
+from tests.triton_repo.at_hand import eventually, requests_at_hand
 from triton_repo.serve import Ports, Server
 
 PIPELINE = """
@@ -71,15 +72,6 @@ def long(asked, text):
     raise AssertionError("every token is in it")
 
 
-def until_at_hand(server, state, count, seconds=10.0):
-    """Numbers are told once a second."""
-    deadline = time.monotonic() + seconds
-    url = f"http://127.0.0.1:{server.ports.metrics}/metrics"
-    while f'd2sd:num_requests_{state}{{model="d2sd"}} {count}\n' not in httpx.get(url).text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def all_is_free(asked):
     """As many requests of full length as there are places are answered side by side: no row is lost."""
     with ThreadPoolExecutor(2) as pool:
@@ -100,10 +92,10 @@ def test_whoever_finds_no_place_waits_and_one_too_many_is_refused_at_once(server
     threads = [threading.Thread(target=ask, args=(which,)) for which in (options, options, SHORT, SHORT, SHORT)]
     for thread in threads[:2]:
         thread.start()
-    until_at_hand(server, "running", 2)
+    eventually(lambda: requests_at_hand(server, "running") == 2, 10)
     for thread in threads[2:]:
         thread.start()
-    until_at_hand(server, "waiting", 3)
+    eventually(lambda: requests_at_hand(server, "waiting") == 3, 10)
     began = time.monotonic()
     with pytest.raises(ServiceError, match=r"limits.waiting: found 3 requests waiting for a place, allowed: no more") as told:
         asked.generate("now", SHORT)

@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from client import AsyncClient, Client, Options, ServiceError
 from tests import tiny
+from tests.triton_repo.at_hand import eventually, requests_at_hand
 from triton_repo import serve
 from triton_repo.serve import Ports, ServeError, Server
 
@@ -242,18 +243,6 @@ def counters(server):
         lines = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text.splitlines()
         read = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("d2sd:")}
     return read
-
-
-def requests_at_hand(server):
-    text = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("d2sd:num_requests_"))
-
-
-def eventually(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 async def test_a_client_that_leaves_frees_its_place(server):
