@@ -105,8 +105,8 @@ class Auto:
         self.planner.finish(self.now, self.plan, values)
         return [tree.first([self.plan.nodes[b] for b in places]) for (_, places), tree in zip(self.parts, trees, strict=True)]
 
-    def learn(self, walks: Many[Walk]) -> None:
-        """What came of the plan. walks: of the whole batch."""
+    def learn(self, walks: Many[Walk], seconds: float) -> None:
+        """What came of the plan. walks: of the whole batch. seconds: that the cycle took."""
         own = {walk.sequence: walk for walk in walks}
         if not self.known and self.plan.drafted:
             values = self.now.text.copy()
@@ -117,7 +117,8 @@ class Auto:
                 self.planner.saw_redrafts(self.plan, self.before, values, self.share)
             else:
                 self.planner.saw_drafts(self.now, self.plan, values)
-        self.planner.learn(self.now, self.plan, sum(len(own[s].said) for s in self.now.sequences))
+        came = sum(len(own[s].said) for s in self.now.sequences)
+        self.planner.learn(self.now, self.plan, came, seconds if len(own) == len(self.now.sequences) else None)
 
     def _values(self, tree: PrefixTree) -> NDArray[np.float64]:
         """Of the nodes but the anchor, ``[b, reach - 1]``."""

@@ -21,6 +21,11 @@ class Clock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.start()
 
+    @property
+    def cycle(self) -> float:
+        """Seconds since the cycle's beginning, without passes over prompts alone."""
+        return time.perf_counter() - self.began - sum(took for stage, took in self.laps if stage == "prompts")
+
     def start(self) -> None:
         """Begin a cycle."""
         self.began = self._last = time.perf_counter()

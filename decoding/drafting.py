@@ -110,7 +110,7 @@ class Drafting:
             self.text.learn(walk.sequence, walk.said)
             self.calibration.learn(walk)
         if self.auto and self.planned:
-            self.auto.learn(walks)
+            self.auto.learn(walks, self.clock.cycle)
 
     def _draft(self, groups: Many[Group], anchors: Array) -> None:
         """The first drafts, in one pass."""

@@ -14,6 +14,7 @@ On a device values are known only when the cycle is over; there the same steps g
 from collections import Counter
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,10 @@ KEPT, KEPT_WEIGHT, KEPT_MEMORY = 0.8, 12.0, 1 / 64
 LEVEL_MEMORY = 16.0  # tokens of a sequence's drafts that count as much as all that is known of others
 # Of a tree with a first draft, before any was seen: the value of its 1st node, and of each further one to that before it.
 PRIOR = (0.45, 0.62), (0.55, 0.7), (0.8, 0.85)
+# What cycles take, of what their engines' calls cost, before any was seen: trees are grown, walked and kept beside these.
+BESIDE = {"plain": 1.03, "text": 1.1, "draft": 1.1, "redraft": 1.1}
+BESIDE_MEMORY = 1 / 16
+BESIDE_LEAST, BESIDE_MOST = 0.9, 1.5
 PRIOR_REDRAFT = 0.15  # what a redraft adds to the sum of all values, before any was seen
 
 
@@ -101,7 +106,8 @@ class Planner:
         self.first: NDArray[np.float64] = np.array([start * ratio ** np.arange(NODES - 1) for start, ratio in PRIOR])
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
-        self.rates: dict[int, tuple[float, float]] = {}  # by sequences: tokens and seconds, fading
+        self.beside = dict(BESIDE)  # by what is done
+        self.rates: dict[tuple[int, int], tuple[float, float]] = {}  # tokens and seconds, fading, by ``_where``
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
@@ -155,7 +161,7 @@ class Planner:
         branches = 1
         while branches <= self.branches:
             promised = self._redrafted(plan, values, shares[branches - 1])
-            gain = self._verify(now, promised, spent + self._drafting(now, plan.drafted, branches)).gain
+            gain = self._verify(now, promised, spent + self._drafting(now, plan.drafted, branches), "redraft").gain
             if gain > best:
                 best, plan.branches = gain, branches
             branches = min(2 * branches, self.branches) if branches < self.branches else branches + 1
@@ -170,30 +176,34 @@ class Planner:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
-            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0])
+            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0]) * self.beside["plain"]
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
-        best = self._verify(now, values, spent)
+        best = self._verify(now, values, spent, "redraft" if plan.branches else "draft")
         plan.nodes, plan.expected, plan.seconds, plan.promised = best.nodes, best.expected, best.seconds, best.promised
         self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
 
-    def learn(self, now: Situation, plan: Plan, came: int) -> None:
-        """After a cycle. came: tokens committed."""
+    def learn(self, now: Situation, plan: Plan, came: int, seconds: float | None = None) -> None:
+        """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
             kept, promised = self.kept[trusted]
             fading = 1 - KEPT_MEMORY
             self.kept[trusted] = kept * fading + came - len(plan.nodes), promised * fading + plan.promised
+        if seconds is not None and plan.seconds:
+            ratio = min(max(seconds / plan.seconds, 0.5), 2.0)
+            beside = self.beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))
+            self.beside[plan.kind] = min(max(beside, BESIDE_LEAST), BESIDE_MOST)
         self.expected += plan.expected
         self.came += came
         self.predicted += plan.seconds
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
         if not now.others:
-            tokens, seconds = self.rates.get(len(plan.nodes), (0.0, 0.0))
-            kept = 1 - RATE_MEMORY
-            self.rates[len(plan.nodes)] = (tokens * kept + came, seconds * kept + plan.seconds)
+            where, kept = _where(now), 1 - RATE_MEMORY
+            tokens, spent = self.rates.get(where, (0.0, 0.0))
+            self.rates[where] = (tokens * kept + came, spent * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -254,8 +264,14 @@ class Planner:
         left = np.mean([s.max_tokens - len(s.answer) for s in (now.sequences[b] for b in some)])
         return float(now_and_then + max(0.0, all_of_it - now_and_then) / np.clip(left / 3, 1, HORIZON))
 
-    def _verify(self, now: Situation, values: NDArray[np.float64], spent: float) -> "_Verified":
-        """The most gainful nodes of all, when ``spent`` seconds went before. values: ``[b, N - 1]``, falling."""
+    def _verify(
+        self, now: Situation, values: NDArray[np.float64], spent: float, drafting: Literal["draft", "redraft"] = "draft"
+    ) -> "_Verified":
+        """The most gainful nodes of all, when ``spent`` seconds went before, on ``drafting``.
+
+        Args:
+            values: ``[b, N - 1]``, falling.
+        """
         size = values.shape[1]
         pool = values.reshape(-1)
         order = np.argsort(-pool, kind="stable")
@@ -263,7 +279,7 @@ class Planner:
         kept, promised = self.kept["draft" if spent else "text"]
         promises = np.concatenate([[0.0], np.cumsum(pool[order])])
         expected = len(values) + promises * min(1.0, kept / promised)
-        seconds = spent + self._pass(now, np.arange(len(order) + 1))
+        seconds = self._taken(now, len(order), spent, drafting if spent else "text")
         gain = expected - self._rate(now) * seconds
         best = int(gain.argmax())
         if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
@@ -273,8 +289,15 @@ class Planner:
 
     def hopeless(self, now: Situation, worth: NDArray[np.float64]) -> bool:
         """Whether no number of nodes pays. worth: ``[N]``, tokens that the first 1, 2, … nodes of all are worth, at most."""
-        seconds = self._pass(now, np.arange(len(worth) + 1))
+        seconds = self._taken(now, len(worth), 0.0, "text")
         return bool((worth <= (seconds[1:] - seconds[0]) * self._rate(now)).all())
+
+    def _taken(self, now: Situation, most: int, spent: float, kind: str) -> NDArray[np.float64]:
+        """Seconds of a cycle that verifies 0, 1, … ``most`` nodes, ``[most + 1]``, when calls before it took ``spent``."""
+        seconds = (spent + self._pass(now, np.arange(most + 1))) * self.beside[kind]
+        if not spent:
+            seconds[0] *= self.beside["plain"] / self.beside[kind]
+        return seconds
 
     def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
@@ -282,10 +305,12 @@ class Planner:
         return self.costs.target(now.others + size + nodes, size, int(now.contexts.sum()) + now.other_context)
 
     def _rate(self, now: Situation) -> float:
-        """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that."""
+        """λ, tokens a second, where texts say as much as now; those of plain decoding at least: so nothing is chosen that is
+        slower than that. (A token that is skipped is like those around it: where the text is silent, it would have gone
+        slowly.)"""
         size = len(now.sequences)
-        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0])
-        tokens, seconds = self.rates.get(size, (plain, 1.0))
+        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0] * self.beside["plain"])
+        tokens, seconds = self.rates.get(_where(now), (plain, 1.0))
         return max(plain, tokens / seconds)
 
     def _probes(self, what: str, price: float, usual: float) -> bool:
@@ -305,6 +330,11 @@ class _Verified:
     promised: float
     expected: float
     seconds: float
+
+
+def _where(now: Situation) -> tuple[int, int]:
+    """How many sequences there are, and how sure their texts are on average."""
+    return len(now.sequences), _bucket(now.text.mean(0))
 
 
 def _bucket(text: NDArray[np.float64]) -> int:

@@ -31,8 +31,8 @@ class Continuation:
     """What followed an earlier match.
 
     Attributes:
-        tokens: ``HEIGHT``. match: tokens that it matches. left: its tokens that an earlier continuation says too; None if there
-            is no earlier one.
+        tokens: ``HEIGHT``. match: tokens that it matches, of those that the target said. left: its tokens that an earlier
+            continuation says too; None if there is no earlier one.
     """
 
     tokens: list[int]
@@ -89,7 +89,7 @@ class Text:
         if sequence not in self.open:
             self.open[sequence] = (TextIndex(sequence.tokens), Hits())
         if sequence not in self.proposed:
-            self.proposed[sequence] = self.open[sequence][0].lookup()
+            self.proposed[sequence] = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt))
         return self.proposed[sequence]
 
     def worth(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
@@ -148,8 +148,12 @@ class TextIndex:
         self.indexed = 1
         self.ends: dict[tuple[int, ...], list[int]] = {}
 
-    def lookup(self) -> list[Continuation]:
-        """What followed the longest earlier matches of the last tokens, longest and then latest first."""
+    def lookup(self, said: int) -> list[Continuation]:
+        """What followed the longest earlier matches of the last tokens, longest and then latest first.
+
+        Args:
+            said: how many tokens at the end are the target's. What a prompt repeats of itself tells little of the answer.
+        """
         self._extend()
         tokens, count = self.tokens, len(self.tokens)
         found: list[Continuation] = []
@@ -165,7 +169,7 @@ class TextIndex:
                 following = [tokens[i % (count + end) - end] for i in range(HEIGHT)]
                 left = max((_common(following, other.tokens) for other in found), default=None)
                 if left != HEIGHT:
-                    found.append(Continuation(following, -match, left))
+                    found.append(Continuation(following, min(-match, said), left))
                 if len(found) == CONTINUATIONS:
                     return found
         return found

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from decoding import planner
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
 from decoding.planner import BUDGET, Planner, Situation
@@ -10,6 +11,12 @@ from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from tests.decoding.test_lossless import decoder, run
 from tests.decoding.toys import VOCABULARY, ToyCosts
+
+
+@pytest.fixture(autouse=True)
+def calls_take_what_they_cost(monkeypatch):
+    """The clock knows nothing of ``ToyCosts``: what it says of a cycle is not listened to."""
+    monkeypatch.setattr(planner, "BESIDE_MEMORY", 0.0)
 
 
 def situation(text, lags=0, **beside):
@@ -20,9 +27,9 @@ def situation(text, lags=0, **beside):
 
 
 def planned(costs, now, values=None, drafts=True):
-    planner = Planner(costs, 8, 4, drafts=drafts)
-    plan = planner.begin(now)
-    planner.finish(now, plan, now.text if values is None else np.array(values, float))
+    own = Planner(costs, 8, 4, drafts=drafts)
+    plan = own.begin(now)
+    own.finish(now, plan, now.text if values is None else np.array(values, float))
     return plan
 
 
@@ -87,9 +94,9 @@ def test_it_is_never_slower_than_plain_decoding(name, slots):
     committed = sum(len(s.answer) for s in sequences)
     plain = committed / slots * float(costs.target(np.array([slots]), slots, 0)[0])
     assert took < plain * (1 + 4 * BUDGET) + 5 * slots
-    planner = made.drafting.auto.planner
-    assert sum(planner.chosen.values()) > 0
-    assert planner.came == committed
+    own = made.drafting.auto.planner
+    assert sum(own.chosen.values()) > 0
+    assert own.came == committed
     if name == "rows for nothing":
         assert took < 0.7 * plain
     if name in ("rows for what they are", "dear drafters"):
@@ -100,26 +107,26 @@ def test_it_is_never_slower_than_plain_decoding(name, slots):
 def test_what_is_expected_comes():
     """Toy drafters are sure of the wrong things; what they say is corrected."""
     made = decoder("auto", costs=COSTS["rows for nothing"])
-    planner = made.drafting.auto.planner
+    own = made.drafting.auto.planner
     run(made, [Sequence([i % VOCABULARY, 1, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
-    expected, came = planner.expected, planner.came
+    expected, came = own.expected, own.came
     run(made, [Sequence([i % VOCABULARY, 2, 3], 150, Sampling(0.5, seed=i)) for i in range(6)], 3)
-    assert planner.expected - expected == pytest.approx(planner.came - came, rel=0.15)
+    assert own.expected - expected == pytest.approx(own.came - came, rel=0.15)
 
 
 def test_drafting_comes_back():
     """A bad stretch, in which drafts are worth nothing, does not end speculation for good."""
     costs = ToyCosts(base=1.0, step=0.2, width=8, first=0.2, second=0.2)
     made = decoder("auto", costs=costs)
-    planner = made.drafting.auto.planner
-    planner.first[:] = 0.0
+    own = made.drafting.auto.planner
+    own.first[:] = 0.0
     sequence = Sequence([1, 2], 1500)
     made.open(sequence)
     made.cycle([], [(sequence, 1)])
     while not sequence.finish:
         made.cycle([sequence])
-    assert planner.chosen["draft, probing"] > 0
-    assert planner.chosen["draft"] + planner.chosen["redraft"] > planner.chosen["draft, probing"]
+    assert own.chosen["draft, probing"] > 0
+    assert own.chosen["draft"] + own.chosen["redraft"] > own.chosen["draft, probing"]
 
 
 def test_probabilities_are_corrected_by_what_comes():
@@ -136,3 +143,20 @@ def test_probabilities_are_corrected_by_what_comes():
     for _ in range(3000):
         calibration.learn(Walk(None, [0], [], [4, 5], [-1, 0], [0, 1], [0, 1], [1.0, 0.9]))
     assert calibration.factors.min() >= np.exp(-1.51)
+
+
+def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
+    monkeypatch.undo()
+    costs = ToyCosts(base=1.0, step=0.1, width=4)
+    own, now = Planner(costs, 8, 4, drafts=False), situation([[0.9, 0.8, 0.7]])
+    plans = []
+    for took in [1.0] * 100 + [1.3] * 100:
+        plan = own.begin(now)
+        own.finish(now, plan, now.text)
+        own.learn(now, plan, 3, took * float(costs.target(np.array([sum(plan.nodes)]), 1, 50)[0]))
+        plans.append(plan)
+    assert plans[0].kind == "text"
+    for plan, took in ((plans[99], 1.0), (plans[199], 1.3)):
+        assert plan.seconds == pytest.approx(took * float(costs.target(np.array([sum(plan.nodes)]), 1, 50)[0]), rel=0.02)
+    own.learn(now, plan, 3, 1e6)
+    assert own.beside["text"] < 1.5, "one stall is no rule"

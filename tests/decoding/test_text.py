@@ -27,7 +27,7 @@ def test_continuations_follow_matches(tokens, cuts):
     index = TextIndex(text)
     for cut in [*cuts, len(tokens)]:
         text += tokens[len(text) : len(text) + cut]
-        found = index.lookup()
+        found = index.lookup(len(tokens))
         for continuation in found:
             ends = [e for e in range(1, len(text)) if text[e - continuation.match : e] == text[-continuation.match :]]
             assert any(([*text, *continuation.tokens])[e : e + HEIGHT] == continuation.tokens for e in ends)
@@ -41,14 +41,14 @@ def test_continuations_follow_matches(tokens, cuts):
 
 def test_the_longest_of_recent_matches_comes_first():
     text = [1, 2, 3, 4, 7, 9, 3, 4, 8, 9, 1, 2, 3, 4]
-    first, second = TextIndex(text).lookup()
+    first, second = TextIndex(text).lookup(len(text))
     assert (first.match, first.tokens[:2]) == (4, [7, 9])
     assert (second.match, second.tokens[:2]) == (2, [8, 9])
     assert second.left == 0
 
 
 def test_a_loop_goes_on():
-    (found,) = TextIndex([5, 1, 2, 3, 1, 2, 3]).lookup()
+    (found,) = TextIndex([5, 1, 2, 3, 1, 2, 3]).lookup(7)
     assert found.tokens == ([1, 2, 3] * HEIGHT)[:HEIGHT]
 
 
@@ -70,7 +70,13 @@ def test_a_source_is_a_trie_of_continuations():
 def test_what_matches_are_worth_is_learned():
     """A text whose matches always hold, and one whose never do: each is believed by its own record."""
     text = Text()
-    true, false = Sequence([1, 2, 3, 4, 1, 2], 50), Sequence([1, 2, 3, 4, 1, 2], 50)
+
+    def said(prompt, answer):
+        sequence = Sequence(prompt, 50)
+        sequence.commit(answer)
+        return sequence
+
+    true, false = said([1, 2, 3, 4], [1, 2]), said([1, 2, 3, 4], [1, 2])
 
     def believed(sequence):
         return float(text.propose([sequence]).probabilities[0, 0].max())
@@ -83,10 +89,18 @@ def test_what_matches_are_worth_is_learned():
         text.learn(false, [9])
     assert believed(false) < before - 0.2
     assert believed(true) > before + 0.1
-    fresh = believed(Sequence([1, 2, 3, 4, 1, 2], 50))
+    fresh = believed(said([1, 2, 3, 4], [1, 2]))
     assert believed(false) < fresh < believed(true)
     text.close(true)
     assert abs(believed(true) - fresh) < 1e-6
+
+
+def test_what_a_prompt_repeats_of_itself_is_no_evidence():
+    repeated = Sequence([1, 2, 3, 4, 5] * 6, 50)
+    assert Text().look(repeated)[0].match == 0
+    repeated.commit([1, 2, 3])
+    (found,) = Text().look(repeated)
+    assert (found.match, found.tokens[:2]) == (3, [4, 5])
 
 
 def test_what_the_target_never_said_is_not_judged():
