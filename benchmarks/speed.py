@@ -306,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     if planner is not None and planner.came:
         chose = ", ".join(f"{what} {count}" for what, count in planner.chosen.most_common())
         text += f"\n\nWhat auto chose, by cycles: {chose}. Tokens expected over tokens that came: "
-        text += f"{planner.expected / planner.came:.3f}."
+        text += f"{planner.expected / planner.came:.3f}. Seconds of a cycle, beside those predicted: "
+        text += f"{statistics.median(abs(ratio - 1) for ratio in planner.off):.1%} off at the median."
     if args.peers:
         from export.checkpoints import locate
         from export.config import load

@@ -11,7 +11,7 @@ is what gains most: tokens - λ · seconds. It is chosen in steps, each when wha
 On a device values are known only when the cycle is over; there the same steps go by what the last cycles showed.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Literal
@@ -97,7 +97,8 @@ class Planner:
         drafts: whether there is a first drafter.
 
     Attributes:
-        chosen: cycles by what was done in them. expected, came: tokens. predicted: seconds.
+        chosen: cycles by what was done in them. expected, came: tokens. predicted: seconds. off: what the last cycles took, of
+            what was predicted.
     """
 
     def __init__(self, costs: Costs, block_size: int, branches: int, *, drafts: bool) -> None:
@@ -115,6 +116,7 @@ class Planner:
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
         self.expected = self.came = self.predicted = 0.0
+        self.off: deque[float] = deque(maxlen=4096)
 
     def begin(self, now: Situation) -> Plan:
         """Step 1: which sequences to draft for."""
@@ -193,7 +195,8 @@ class Planner:
             fading = 1 - KEPT_MEMORY
             self.kept[trusted] = kept * fading + came - len(plan.nodes), promised * fading + plan.promised
         if seconds is not None and plan.seconds:
-            ratio = min(max(seconds / plan.seconds, 0.5), 2.0)
+            self.off.append(seconds / plan.seconds)
+            ratio = min(max(self.off[-1], 0.5), 2.0)
             beside = self.beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))
             self.beside[plan.kind] = min(max(beside, BESIDE_LEAST), BESIDE_MOST)
         self.expected += plan.expected
