@@ -1,6 +1,7 @@
 """The figures as a page: a table, and a plot."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -19,13 +20,22 @@ come from a seed.
 
 def write_report(figures: dict[str, Any], page: Path) -> None:
     """Write the page and, beside it, its plot. What was not measured is left out."""
-    parts = [HEAD + f"Default mode of the build: `{figures['mode']}`.\n"]
+    parts = [HEAD + _ran_on({name: figures["ran_on"][name] for name in WRITERS if name in figures})]
     for name, write in WRITERS.items():
         if name in figures:
             parts.append(write(figures[name]))
     if _plot(figures, page.with_suffix(".png")):
         parts.append(f"![throughput and memory]({page.stem}.png)\n")
     page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _ran_on(named: dict[str, str]) -> str:
+    """Machine and build of the cases; usually there is one, and another for what wants exact arithmetic."""
+    lines = []
+    for where in dict.fromkeys(named.values()):
+        cases = ", ".join(f"`{name}`" for name, own in named.items() if own == where)
+        lines.append(f"* {cases}: {where}\n")
+    return "".join(lines)
 
 
 def _storm(f: dict[str, Any]) -> str:
@@ -35,8 +45,14 @@ def _storm(f: dict[str, Any]) -> str:
         f"a fifth left at a random moment, a twentieth was malformed. Each answer is held against what the target says alone, "
         f"offline, token by token.\n\n| ended | requests |\n|---|---|\n{rows}\n"
         f"First token: {f['first_token_median']:.2f} s in the median, {f['first_token_99']:.2f} s for the slowest in a "
-        f"hundred. The server's memory grew by {100 * f['memory_growth']:.1f} % from the third quarter to the last.\n"
+        f"hundred. The server's memory changed by {100 * f['memory_growth']:+.1f} % from the third quarter to the last. "
+        f"{_held(f['held'])}\n"
     )
+
+
+def _held(levels: dict[str, float]) -> str:
+    kept = ", ".join(f"`{name}` {value:g}" for name, value in levels.items() if value)
+    return f"NOT FREED at the end: {kept}." if kept else "At the end every place and every row of the cache was free."
 
 
 def _long_prompts(f: dict[str, Any]) -> str:
@@ -54,7 +70,8 @@ def _long_prompts(f: dict[str, Any]) -> str:
 def _cancelled_crowd(f: dict[str, Any]) -> str:
     return (
         "## Behind twelve long requests that have left\n\n"
-        f"A short request takes {f['behind']:.2f} s, alone {f['alone']:.2f} s: {f['ratio']:.2f} times as long.\n"
+        f"A short request takes {median(f['behind']):.2f} s, alone {median(f['alone']):.2f} s: {f['ratio']:.2f} times as long, "
+        f"the median of {len(f['alone'])} pairs.\n"
     )
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -24,6 +26,9 @@ NONSENSE = (
     Options(mode="warp"),
 )
 REFUSALS = ("top_p", "temperature", "max_tokens", "top_k", "mode")
+GROWTH = 0.05  # of the memory in the second half, at most
+FREED = 5.0  # seconds until everything is free, at most
+LEVELS = ("d2sd:num_requests_running", "d2sd:num_requests_waiting", "d2sd:kv_cache_usage_perc")
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,14 @@ def plan(texts: Texts, count: int, modes: list[str], seed: int) -> list[Planned]
     return planned
 
 
-async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, server: int) -> dict[str, Any]:
-    """Make the requests at 0.7 of the pace that the service keeps up with. server: its process."""
+async def storm(
+    client: AsyncClient, planned: list[Planned], offline: Offline, server: int, metrics: Callable[[], Awaitable[str]]
+) -> dict[str, Any]:
+    """Make the requests at 0.7 of the pace that the service keeps up with.
+
+    Args:
+        server: its process. metrics: what it tells Prometheus.
+    """
     capacity = await _pace([p for p in planned if not p.wrong and p.leaves is None][:32], client)
     memory: list[float] = []
     watching = asyncio.create_task(watch(server, memory))
@@ -65,6 +76,7 @@ async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, s
     outcomes = await asyncio.gather(*tasks)
     seconds = time.monotonic() - began
     watching.cancel()
+    held = await _held(metrics)
     verdicts = Counter(judge(request, outcome, offline) for request, outcome in zip(planned, outcomes, strict=True))
     half = memory[len(memory) // 2 :]
     quarters = half[: len(half) // 2], half[len(half) // 2 :]
@@ -79,7 +91,19 @@ async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, s
         "first_token_99": sorted(o.first for o in answered)[len(answered) * 99 // 100],
         "memory_mib": [round(m) for m in memory],
         "memory_growth": mean(quarters[1]) / mean(quarters[0]) - 1 if quarters[0] else 0.0,
+        "held": held,
     }
+
+
+def faults(figures: dict[str, Any]) -> list[str]:
+    """What of a storm's figures must not be."""
+    found = [f"{count} requests: {verdict}" for verdict, count in figures["verdicts"].items() if verdict.startswith("WRONG")]
+    found += [f"{name}: found {value:g} at the end, allowed: 0" for name, value in figures["held"].items() if value]
+    if figures["memory_growth"] > GROWTH:
+        found.append(
+            f"memory: grew by {100 * figures['memory_growth']:.1f} % in the second half, allowed: {100 * GROWTH:.0f} %"
+        )
+    return found
 
 
 def judge(request: Planned, outcome: Outcome, offline: Offline) -> str:
@@ -102,6 +126,18 @@ async def _pace(planned: list[Planned], client: AsyncClient) -> float:
     began = time.monotonic()
     await asyncio.gather(*(ask(client, p.prompt, p.options) for p in planned))
     return len(planned) / (time.monotonic() - began)
+
+
+async def _held(metrics: Callable[[], Awaitable[str]]) -> dict[str, float]:
+    """What the service still holds when all requests have ended: those that run and wait, and the part of the K/V cache."""
+    began = time.monotonic()
+    while True:
+        told = await metrics()
+        found = {name: re.search(rf"^{name}{{.*}} (\S+)$", told, re.MULTILINE) for name in LEVELS}
+        held = {name: float(one[1]) if one else float("nan") for name, one in found.items()}
+        if not any(held.values()) or time.monotonic() - began > FREED:
+            return held
+        await asyncio.sleep(0.5)
 
 
 async def watch(server: int, memory: list[float]) -> None:
