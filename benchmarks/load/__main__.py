@@ -62,7 +62,8 @@ def main() -> int:
                     print(f"{name} …", flush=True)
                     if name == "storm":
                         assert offline is not None
-                        figures[name] = await storm(client, planned, offline, server.process.pid, metrics)
+                        slots = directory.manifest["limits"]["sequences"]
+                        figures[name] = await storm(client, planned, offline, server.process.pid, slots, metrics)
                     else:
                         figures[name] = await CASES[name](bench)
                     figures.setdefault("ran_on", {})[name] = ran_on

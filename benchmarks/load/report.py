@@ -41,7 +41,8 @@ def _ran_on(named: dict[str, str]) -> str:
 def _storm(f: dict[str, Any]) -> str:
     rows = "".join(f"| {verdict} | {count} |\n" for verdict, count in sorted(f["verdicts"].items()))
     return (
-        f"## Many requests\n\n{f['requests']} requests at {f['rate']:.1f} a second, {f['tokens_per_second']:.0f} tokens/s; "
+        f"## Many requests\n\n{f['requests']} requests, {f['rate']:.1f} a second, so that all places are taken and some wait, "
+        f"{f['tokens_per_second']:.0f} tokens/s; "
         f"a fifth left at a random moment, a twentieth was malformed. Each answer is held against what the target says alone, "
         f"offline, token by token.\n\n| ended | requests |\n|---|---|\n{rows}\n"
         f"First token: {f['first_token_median']:.2f} s in the median, {f['first_token_99']:.2f} s for the slowest in a "
@@ -81,13 +82,8 @@ def _throughput(f: dict[str, Any]) -> str:
     streams = sorted({row["streams"] for row in f["rows"]})
     lines = [f"| {n} | " + " | ".join(f"{rates[n, mode]:.0f}" for mode in modes) + " |" for n in streams]
     return (
-        "## Tokens a second\n\nPrompts of 300 tokens, answers of 100, prefill included.\n\n| streams | "
-        + " | ".join(modes)
-        + " |\n|---|"
-        + "---|" * len(modes)
-        + "\n"
-        + "\n".join(lines)
-        + "\n"
+        "## Tokens a second\n\nPrompts of 300 tokens, answers of 100, prefill included; medians of 2 to 8 runs in turn."
+        "\n\n| streams | " + " | ".join(modes) + " |\n|---|" + "---|" * len(modes) + "\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -16,7 +16,8 @@ from benchmarks.load.traffic import Outcome, Texts, ask
 from client import AsyncClient, Options
 
 LEAVE, WRONG = 0.2, 0.05  # shares of the requests
-LONGEST, MOST = 400, 64  # tokens of a prompt, of an answer
+LONGEST, MOST = 160, 24  # tokens of a prompt, of an answer
+STAYS = 8  # mean gaps until a client that leaves does so, in the mean: some wait by then, some are half answered
 NONSENSE = (
     Options(top_p=0.0),
     Options(temperature=-1.0),
@@ -33,7 +34,7 @@ LEVELS = ("d2sd:num_requests_running", "d2sd:num_requests_waiting", "d2sd:kv_cac
 
 @dataclass(frozen=True)
 class Planned:
-    """A request that will be made. gap: what comes before it, in mean gaps. leaves: after so many seconds."""
+    """A request that will be made. gap: what comes before it, in mean gaps. leaves: after as long as so many."""
 
     prompt: str
     options: Options
@@ -50,7 +51,7 @@ def plan(texts: Texts, count: int, modes: list[str], seed: int) -> list[Planned]
     for _ in range(count):
         wrong = dice.random() < WRONG
         options = Options(max_tokens=int(MOST ** dice.uniform(0, 1)), mode=dice.choice([None, *modes]))
-        leaves = dice.expovariate(1 / 0.5) if dice.random() < LEAVE and not wrong else None
+        leaves = dice.expovariate(1 / STAYS) if dice.random() < LEAVE and not wrong else None
         planned.append(
             Planned(dice.choice(prompts), dice.choice(NONSENSE) if wrong else options, dice.expovariate(1), leaves, wrong)
         )
@@ -58,21 +59,30 @@ def plan(texts: Texts, count: int, modes: list[str], seed: int) -> list[Planned]
 
 
 async def storm(
-    client: AsyncClient, planned: list[Planned], offline: Offline, server: int, metrics: Callable[[], Awaitable[str]]
+    client: AsyncClient,
+    planned: list[Planned],
+    offline: Offline,
+    server: int,
+    slots: int,
+    metrics: Callable[[], Awaitable[str]],
 ) -> dict[str, Any]:
-    """Make the requests at 0.7 of the pace that the service keeps up with.
+    """Make the requests, at a pace that keeps about as many at hand as the service has places: however fast the machine is,
+    and whatever else it does, most places are taken and some requests wait.
 
     Args:
-        server: its process. metrics: what it tells Prometheus.
+        server: its process. slots: its places. metrics: what it tells Prometheus.
     """
-    capacity = await _pace([p for p in planned if not p.wrong and p.leaves is None][:32], client)
     memory: list[float] = []
     watching = asyncio.create_task(watch(server, memory))
-    tasks = []
-    began = time.monotonic()
-    for request in planned:
-        await asyncio.sleep(request.gap / (0.7 * capacity))
-        tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, request.leaves)))
+    tasks: list[asyncio.Task[Outcome]] = []
+    began, gap = time.monotonic(), 0.2
+    for number, request in enumerate(planned, 1):
+        await asyncio.sleep(request.gap * gap)
+        gap *= 0.95 if sum(not task.done() for task in tasks) < slots else 1.05
+        leaves = None if request.leaves is None else request.leaves * gap
+        tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, leaves)))
+        if number % 100 == 0:
+            print(f"  {number} of {len(planned)} after {time.monotonic() - began:.0f} s", flush=True)
     outcomes = await asyncio.gather(*tasks)
     seconds = time.monotonic() - began
     watching.cancel()
@@ -119,13 +129,6 @@ def judge(request: Planned, outcome: Outcome, offline: Offline) -> str:
     if outcome.finish in ("end", "length"):
         return "answered" if outcome.text == expected else "WRONG: other text"
     return f"WRONG: {outcome.finish or 'no end'}"
-
-
-async def _pace(planned: list[Planned], client: AsyncClient) -> float:
-    """Requests a second, all at once."""
-    began = time.monotonic()
-    await asyncio.gather(*(ask(client, p.prompt, p.options) for p in planned))
-    return len(planned) / (time.monotonic() - began)
 
 
 async def _held(metrics: Callable[[], Awaitable[str]]) -> dict[str, float]:

@@ -134,7 +134,7 @@ async def test_a_storm_and_what_it_finds(monkeypatch, letters, levels, found):
         return next(levels)
 
     planned = plan(Texts(), 60, ["auto"], seed=1)
-    figures = await storm(Answering(letters), planned, Offline(), os.getpid(), metrics)
+    figures = await storm(Answering(letters), planned, Offline(), os.getpid(), 4, metrics)
     assert sum(figures["verdicts"].values()) == 60
     named = faults(figures | {"memory_growth": 0.01})
     assert all(part in fault for part, fault in zip(found, named, strict=True)), named
