@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
 
 import numpy as np
 
@@ -97,26 +96,20 @@ class Scheduler:
         return [s for s in self.running if s.computed == s.position]
 
     def _budget(self) -> int:
-        """Prompt tokens of a cycle: no answer waits for them longer than for two cycles in which all at hand answer.
-
-        Such cycles are to come anyway; and small pieces cost more a token, so that few answers at a time would be decoded
-        beside them for long.
-        """
+        """Prompt tokens of a cycle: no answer may wait for it longer than for two usual ones."""
         answering = self._answering()
         if not answering or not self.costs:
             return ALONE
         context = sum(s.computed for s in self.running)
         rows = round(self._rows * len(answering))
-        own = self.costs.target(np.array([rows]), len(answering), context)[0]
-        at_hand = list(islice(chain(self.running, self.waiting), self.slots))
-        all_rows = np.array([rows + len(at_hand) - len(answering)])
-        usual = self.costs.target(all_rows, len(at_hand), sum(s.position for s in at_hand))[0]
         counts = np.arange(MOST + 1)
         if self.decoder.target.ragged:
             seconds = self.costs.target(rows + counts, len(answering) + 1, context)
+            allowed = 2 * seconds[0]
         else:  # prompts have passes of their own
-            seconds = own + self.costs.target(counts, 1, context)
-        return max(LEAST, int(np.flatnonzero(seconds <= 2 * usual).max(initial=0)))
+            seconds = self.costs.target(counts, 1, context)
+            allowed = self.costs.target(np.array([rows]), len(answering), context)[0]
+        return max(LEAST, int(np.flatnonzero(seconds <= allowed).max(initial=0)))
 
     def _take_in(self, budget: int) -> list[Piece]:
         pieces = []
