@@ -3,18 +3,20 @@
 import argparse
 import asyncio
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.load.cases import CASES, Bench
 from benchmarks.load.offline import Offline
 from benchmarks.load.report import write_report
-from benchmarks.load.storm import plan, storm
+from benchmarks.load.storm import faults, plan, storm
 from benchmarks.load.traffic import ROOT, Texts
 from client import AsyncClient
 from engines.build_directory import BuildDirectory
+from engines.costs import machine
 from triton_repo.prompt import Prompts
 from triton_repo.serve import Ports, Server
 
@@ -35,9 +37,10 @@ def main() -> int:
     texts = Texts(prompts, args.seed)
     own = directory.manifest["decoding"]["mode"]
     modes = [own] if own == "autoregressive" else [own, "autoregressive"]
-    planned = plan(texts, 60 if args.quick else 2000, modes, args.seed)
+    crossed = modes if "first" not in directory.manifest["graphs"] else [*modes, "d2sd"]
+    planned = plan(texts, 60 if args.quick else 2000, crossed, args.seed)
     figures: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    figures |= {"processor": platform.machine(), "mode": own, "quick": args.quick}
+    ran_on = f"{machine()}; {_described(directory)}{'; --quick' if args.quick else ''}"
     offline = None
     if "storm" in args.only:
         print("answering offline …", flush=True)
@@ -47,6 +50,10 @@ def main() -> int:
     with Server(args.build, "127.0.0.1", Ports(0, 0, 0), log) as server:
         server.wait_until_ready()
 
+        async def metrics() -> str:
+            async with httpx.AsyncClient() as session:
+                return (await session.get(f"http://127.0.0.1:{server.ports.metrics}/metrics")).text
+
         async def run() -> None:
             async with AsyncClient(f"127.0.0.1:{server.ports.grpc}", timeout=600) as client:
                 bench = Bench(client, f"127.0.0.1:{server.ports.http}", texts, modes, args.quick)
@@ -55,9 +62,11 @@ def main() -> int:
                     print(f"{name} …", flush=True)
                     if name == "storm":
                         assert offline is not None
-                        figures[name] = await storm(client, planned, offline, server.process.pid)
+                        slots = directory.manifest["limits"]["sequences"]
+                        figures[name] = await storm(client, planned, offline, server.process.pid, slots, metrics)
                     else:
                         figures[name] = await CASES[name](bench)
+                    figures.setdefault("ran_on", {})[name] = ran_on
                     shown = {key: value for key, value in figures[name].items() if key != "memory_mib"}
                     print(f"{name}: {json.dumps(shown)}", flush=True)
                     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +74,20 @@ def main() -> int:
 
         asyncio.run(run())
     write_report(figures, args.report)
-    wrong = {v: n for v, n in figures.get("storm", {}).get("verdicts", {}).items() if v.startswith("WRONG")}
-    for verdict, count in wrong.items():
-        print(f"error: {count} requests: {verdict}", file=sys.stderr)
-    return 1 if wrong else 0
+    found = faults(figures["storm"]) if "storm" in args.only else []
+    for fault in found:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _described(directory: BuildDirectory) -> str:
+    """A build, in words."""
+    manifest = directory.manifest
+    engine, weights = manifest["engine"], manifest["graphs"]["target"].get("weights") or {}
+    return (
+        f"{engine['backend']}, precision {engine['precision']}, the target's weights {weights.get('form', 'f32')}, "
+        f"mode {manifest['decoding']['mode']}"
+    )
 
 
 if __name__ == "__main__":

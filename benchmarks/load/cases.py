@@ -65,24 +65,28 @@ async def long_prompts(bench: Bench) -> dict[str, Any]:
 async def cancelled_crowd(bench: Bench) -> dict[str, Any]:
     """A short request behind twelve long ones that have left, beside one alone."""
     alone, behind = [], []
-    for _ in range(bench.times(5)):
+    for _ in range(bench.times(15)):
+        await asyncio.sleep(0.2)  # as there
         alone.append(await bench.short())
         crowd = [bench.texts.take(LONG) for _ in range(12)]
         await asyncio.gather(*(ask(bench.client, text, Options(max_tokens=100), leave_after=1.0) for text in crowd))
         await asyncio.sleep(0.2)  # for the news to arrive
         behind.append(await bench.short())
-    return {"alone": median(alone), "behind": median(behind), "ratio": median(behind) / median(alone)}
+    ratio = median(b / a for a, b in zip(alone, behind, strict=True))
+    return {"alone": alone, "behind": behind, "ratio": ratio}
 
 
 async def throughput(bench: Bench) -> dict[str, Any]:
-    """Tokens a second at so many streams: prompts of 300 tokens, answers of 100."""
+    """Tokens a second at so many streams: prompts of 300 tokens, answers of 100. The modes are asked the same."""
     rows = []
     for streams in (1, 4, 8, 16):
         rates: dict[str | None, list[float]] = {mode: [] for mode in bench.modes}
-        for _ in range(bench.times(2)):
-            for mode in bench.modes:  # in turn, so that a slow moment of the machine hits both
+        for number in range(bench.times(max(2, 5 // streams))):
+            texts = [bench.texts.take(297) for _ in range(streams)]
+            # In turn, and now one first and now the other, so that a slow moment of the machine hits both.
+            for mode in bench.modes[:: 1 - 2 * (number % 2)]:
                 options = Options(max_tokens=20 if bench.quick else 100, end_id=NO_END, mode=mode)
-                prompts = [bench.texts.take(300) for _ in range(streams)]
+                prompts = [f"{mode}: {text}" for text in texts]  # nothing of them was computed for the other mode
                 began = time.monotonic()
                 outcomes = await asyncio.gather(*(ask(bench.client, prompt, options) for prompt in prompts))
                 rates[mode].append(sum(o.tokens[-1] for o in outcomes) / (time.monotonic() - began))
@@ -140,12 +144,14 @@ async def slow_reader(bench: Bench) -> dict[str, Any]:
     """A fast reader alone, and beside one who reads a byte a second."""
     options = Options(max_tokens=20 if bench.quick else 100, end_id=NO_END)
 
-    async def fast() -> float:
-        return (await ask(bench.client, bench.texts.take(50), options)).whole
+    async def fast(text: str) -> float:
+        return (await ask(bench.client, text, options)).whole
 
     alone, beside = [], []
     for _ in range(bench.times(3)):
-        alone.append(await fast())
+        text = bench.texts.take(50)
+        await fast(text)  # what is known of it, and how it is decoded, is then the same for all that are timed
+        alone.append(await fast(text))
         body = {"text_input": bench.texts.take(50), "max_tokens": 100, "end_id": NO_END, "stream": True}
         host, port = bench.http.split(":")
         raw = json.dumps(body).encode()
@@ -156,8 +162,8 @@ async def slow_reader(bench: Bench) -> dict[str, Any]:
             slow.sendall(head.encode() + raw)
             reading = asyncio.create_task(_dawdle(slow))
             # The slow one's answer takes its share of the engine while it is made; what counts is what comes after.
-            beside.append(await fast())
-            beside.append(await fast())
+            beside.append(await fast(text))
+            beside.append(await fast(text))
             reading.cancel()
     both = beside[::2], beside[1::2]
     return {"alone": median(alone), "while_answered": median(both[0]), "while_unread": median(both[1])}

@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -14,7 +16,8 @@ from benchmarks.load.traffic import Outcome, Texts, ask
 from client import AsyncClient, Options
 
 LEAVE, WRONG = 0.2, 0.05  # shares of the requests
-LONGEST, MOST = 400, 64  # tokens of a prompt, of an answer
+LONGEST, MOST = 160, 24  # tokens of a prompt, of an answer
+STAYS = 8  # mean gaps until a client that leaves does so, in the mean: some wait by then, some are half answered
 NONSENSE = (
     Options(top_p=0.0),
     Options(temperature=-1.0),
@@ -24,11 +27,14 @@ NONSENSE = (
     Options(mode="warp"),
 )
 REFUSALS = ("top_p", "temperature", "max_tokens", "top_k", "mode")
+GROWTH = 0.05  # of the memory in the second half, at most
+FREED = 5.0  # seconds until everything is free, at most
+LEVELS = ("d2sd:num_requests_running", "d2sd:num_requests_waiting", "d2sd:kv_cache_usage_perc")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A request that will be made. gap: what comes before it, in mean gaps. leaves: after so many seconds."""
+    """A request that will be made. gap: what comes before it, in mean gaps. leaves: after as long as so many."""
 
     prompt: str
     options: Options
@@ -45,26 +51,42 @@ def plan(texts: Texts, count: int, modes: list[str], seed: int) -> list[Planned]
     for _ in range(count):
         wrong = dice.random() < WRONG
         options = Options(max_tokens=int(MOST ** dice.uniform(0, 1)), mode=dice.choice([None, *modes]))
-        leaves = dice.expovariate(1 / 0.5) if dice.random() < LEAVE and not wrong else None
+        leaves = dice.expovariate(1 / STAYS) if dice.random() < LEAVE and not wrong else None
         planned.append(
             Planned(dice.choice(prompts), dice.choice(NONSENSE) if wrong else options, dice.expovariate(1), leaves, wrong)
         )
     return planned
 
 
-async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, server: int) -> dict[str, Any]:
-    """Make the requests at 0.7 of the pace that the service keeps up with. server: its process."""
-    capacity = await _pace([p for p in planned if not p.wrong and p.leaves is None][:32], client)
+async def storm(
+    client: AsyncClient,
+    planned: list[Planned],
+    offline: Offline,
+    server: int,
+    slots: int,
+    metrics: Callable[[], Awaitable[str]],
+) -> dict[str, Any]:
+    """Make the requests, at a pace that keeps about as many at hand as the service has places: however fast the machine is,
+    and whatever else it does, most places are taken and some requests wait.
+
+    Args:
+        server: its process. slots: its places. metrics: what it tells Prometheus.
+    """
     memory: list[float] = []
     watching = asyncio.create_task(watch(server, memory))
-    tasks = []
-    began = time.monotonic()
-    for request in planned:
-        await asyncio.sleep(request.gap / (0.7 * capacity))
-        tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, request.leaves)))
+    tasks: list[asyncio.Task[Outcome]] = []
+    began, gap = time.monotonic(), 0.2
+    for number, request in enumerate(planned, 1):
+        await asyncio.sleep(request.gap * gap)
+        gap *= 0.95 if sum(not task.done() for task in tasks) < slots else 1.05
+        leaves = None if request.leaves is None else request.leaves * gap
+        tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, leaves)))
+        if number % 100 == 0:
+            print(f"  {number} of {len(planned)} after {time.monotonic() - began:.0f} s", flush=True)
     outcomes = await asyncio.gather(*tasks)
     seconds = time.monotonic() - began
     watching.cancel()
+    held = await _held(metrics)
     verdicts = Counter(judge(request, outcome, offline) for request, outcome in zip(planned, outcomes, strict=True))
     half = memory[len(memory) // 2 :]
     quarters = half[: len(half) // 2], half[len(half) // 2 :]
@@ -79,7 +101,19 @@ async def storm(client: AsyncClient, planned: list[Planned], offline: Offline, s
         "first_token_99": sorted(o.first for o in answered)[len(answered) * 99 // 100],
         "memory_mib": [round(m) for m in memory],
         "memory_growth": mean(quarters[1]) / mean(quarters[0]) - 1 if quarters[0] else 0.0,
+        "held": held,
     }
+
+
+def faults(figures: dict[str, Any]) -> list[str]:
+    """What of a storm's figures must not be."""
+    found = [f"{count} requests: {verdict}" for verdict, count in figures["verdicts"].items() if verdict.startswith("WRONG")]
+    found += [f"{name}: found {value:g} at the end, allowed: 0" for name, value in figures["held"].items() if value]
+    if figures["memory_growth"] > GROWTH:
+        found.append(
+            f"memory: grew by {100 * figures['memory_growth']:.1f} % in the second half, allowed: {100 * GROWTH:.0f} %"
+        )
+    return found
 
 
 def judge(request: Planned, outcome: Outcome, offline: Offline) -> str:
@@ -97,11 +131,16 @@ def judge(request: Planned, outcome: Outcome, offline: Offline) -> str:
     return f"WRONG: {outcome.finish or 'no end'}"
 
 
-async def _pace(planned: list[Planned], client: AsyncClient) -> float:
-    """Requests a second, all at once."""
+async def _held(metrics: Callable[[], Awaitable[str]]) -> dict[str, float]:
+    """What the service still holds when all requests have ended: those that run and wait, and the part of the K/V cache."""
     began = time.monotonic()
-    await asyncio.gather(*(ask(client, p.prompt, p.options) for p in planned))
-    return len(planned) / (time.monotonic() - began)
+    while True:
+        told = await metrics()
+        found = {name: re.search(rf"^{name}{{.*}} (\S+)$", told, re.MULTILINE) for name in LEVELS}
+        held = {name: float(one[1]) if one else float("nan") for name, one in found.items()}
+        if not any(held.values()) or time.monotonic() - began > FREED:
+            return held
+        await asyncio.sleep(0.5)
 
 
 async def watch(server: int, memory: list[float]) -> None:
