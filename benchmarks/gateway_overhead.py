@@ -1,9 +1,9 @@
 """``python -m benchmarks.gateway_overhead``: what the gateway costs beside asking Triton itself, in one interleaved run.
 
 Both sides ask the same of the same running service, by turns. So many streams begin at random instants, the same on both
-sides, and each asks one question after another: greedy, prompts of eval.jsonl, which the first round makes known to the prefix cache.
-The gateway is asked over connections that stay open, by a client that reads lines and no more: it shares the machine's cores and
-is not what is measured. Then one question at a time, where nothing else hides what a first token has to pass.
+sides, and each asks one question after another: greedy, prompts of eval.jsonl, which the first round makes known to the prefix
+cache. The gateway is asked over connections that stay open, by a client that reads lines and no more: it shares the machine's
+cores and is not what is measured. Then one question at a time, where nothing else hides what a first token has to pass.
 """
 
 import argparse
@@ -128,6 +128,7 @@ async def run(args: argparse.Namespace) -> None:
                     flush=True,
                 )
         for number, chat in enumerate(every[: args.alone]):
+            await direct(chat)  # else whoever asks first would warm the prefix cache for the other
             for side in sorted(sides, reverse=bool(number % 2)):
                 sides[side].alone.append((await asks[side][0](chat))[0])
     for connection in connections:
