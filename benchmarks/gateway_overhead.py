@@ -159,9 +159,9 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:9000/v1", help="of the gateway (default: %(default)s)")
     parser.add_argument("--model", default="d2sd", help="(default: %(default)s)")
     parser.add_argument("--streams", type=int, default=16, help="at once (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=4, help="of each stream (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=2, help="of each stream (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--alone", type=int, default=20, help="questions asked one at a time (default: %(default)s)")
     asyncio.run(run(parser.parse_args()))
     return 0

@@ -230,7 +230,7 @@ def from_tensors(response: Any) -> Piece:
 
     Read by itself, as ``as_numpy`` looks for its tensor among all of them and makes an array for a number.
     """
-    told = dict(zip((output.name for output in response.outputs), response.raw_output_contents, strict=True))
+    told = dict(zip([output.name for output in response.outputs], response.raw_output_contents, strict=True))
 
     def text(name: str) -> str:
         return told[name][4:].decode() if name in told else ""  # behind its length
