@@ -6,7 +6,7 @@ machine's cores and is not what is measured.
 
 * Tokens a second, by turns: in a round so many streams begin at random instants, the same on both sides, and each asks one
   question after another.
-* The time to the first token, which a cycle of the service blurs by more than the gateway takes: the same streams ask many short
+* The time to the first token, which a cycle of the service blurs by more than the gateway takes: these streams ask many short
   questions, each by one side and then by the other, so that both meet the same load. And one question at a time.
 """
 
