@@ -29,6 +29,7 @@ from client.request import (
     from_tensors,
     join,
     status_of,
+    to_outputs,
     to_tensors,
 )
 
@@ -81,8 +82,12 @@ class Client:
                 if not service.is_server_live():
                     raise ServiceError(f"{self.address}: the service is not live")
                 service.start_stream(lambda result, error: arrived.put((result, error)))
-                inputs = to_tensors(named, module)
-                service.async_stream_infer(MODEL, inputs, request_id=request_id, enable_empty_final_response=True)
+                service.async_stream_infer(
+                    *(MODEL, to_tensors(named, module)),
+                    outputs=to_outputs(named, module),
+                    request_id=request_id,
+                    enable_empty_final_response=True,
+                )
                 begun = True
                 while not ended:
                     result, error = arrived.get(timeout=self.timeout)
@@ -92,7 +97,7 @@ class Client:
                     response = result.get_response()
                     ended = response.parameters["triton_final_response"].bool_param
                     if response.outputs:
-                        yield from_tensors(result)
+                        yield from_tensors(response)
             except queue.Empty:
                 silent = True
                 raise ServiceError(f"no response from {self.address} within {self.timeout:g} s") from None
@@ -184,12 +189,11 @@ class AsyncClient:
         return self._http
 
     async def _over_grpc(self, named: dict[str, Any], request_id: str, headers: Headers) -> AsyncGenerator[Piece, None]:
-        inputs = to_tensors(named, tritonclient.grpc.aio)
-
         # Of its own, whoever else asks under the same name: what is told to stop is this one.
         request_id = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-")
-        request = {"inputs": inputs, "request_id": request_id, "enable_empty_final_response": True}
-        asked = _one({"model_name": MODEL, **request})
+        module = tritonclient.grpc.aio
+        tensors = {"inputs": to_tensors(named, module), "outputs": to_outputs(named, module)}
+        asked = _one({"model_name": MODEL, **tensors, "request_id": request_id, "enable_empty_final_response": True})
         responses = self._stub().stream_infer(asked, stream_timeout=self.timeout, headers=headers)
         arrived: asyncio.Queue[Piece | ServiceError | None] = asyncio.Queue()
         # Read in a task of its own, because to cancel a read is to cancel the stream: a stream is read to its end.
@@ -220,8 +224,8 @@ class AsyncClient:
                 if error is not None:
                     message = _message(error)
                     arrived.put_nowait(ServiceError(message, status_of(message)))
-                elif result.get_response().outputs:
-                    arrived.put_nowait(from_tensors(result))
+                elif (response := result.get_response()).outputs:
+                    arrived.put_nowait(from_tensors(response))
         except grpc.aio.AioRpcError as error:
             status, message = error.code().name, str(error.details()).removeprefix(ENSEMBLE)
             said = f"{self.address}: {message}" if status == "UNAVAILABLE" else message

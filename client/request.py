@@ -9,6 +9,15 @@ import numpy as np
 from tritonclient.utils import np_to_triton_dtype
 
 MODEL, DECODER = "ensemble", "d2sd"  # what is asked, and the part of it that is told to stop
+ALWAYS = (  # outputs that every answer is made of
+    *("text_output", "output_tokens", "cycles", "finish_reason"),
+    *("num_input_tokens", "num_draft_tokens", "acceptance_histogram"),
+)
+ON_REQUEST = {  # others, and the inputs of which one asks for them
+    "log_probs": ("return_log_probs", "return_prompt_log_probs"),
+    "prompt_log_probs": ("return_prompt_log_probs",),
+    "trace_output": ("trace",),
+}
 ENSEMBLE = f"in ensemble '{MODEL}', "  # how Triton begins an error of one of its steps
 # What errors of the moment say, ours and Triton's own; and what those of a request at fault say.
 BUSY = ("try again", "Server not ready", "Server is stopping", "not at ready state", "Exceeds maximum queue size")
@@ -210,23 +219,36 @@ def to_tensors(named: Mapping[str, Any], module: Any) -> list[Any]:
     return tensors
 
 
-def from_tensors(result: Any) -> Piece:
-    """A response of a gRPC stream."""
+def to_outputs(named: Mapping[str, Any], module: Any) -> list[Any]:
+    """The outputs that a request with these inputs needs, as ``InferRequestedOutput``: each costs time in every response."""
+    asked = [name for name, inputs in ON_REQUEST.items() if any(named.get(one) for one in inputs)]
+    return [module.InferRequestedOutput(name) for name in (*ALWAYS, *asked)]
 
-    def value(name: str) -> Any:
-        return result.as_numpy(name).reshape(-1)[0]
+
+def from_tensors(response: Any) -> Piece:
+    """A response of a gRPC stream, a ``ModelInferResponse``: its tensors have one value each, but for the histogram.
+
+    Read by itself, as ``as_numpy`` looks for its tensor among all of them and makes an array for a number.
+    """
+    told = dict(zip([output.name for output in response.outputs], response.raw_output_contents, strict=True))
+
+    def text(name: str) -> str:
+        return told[name][4:].decode() if name in told else ""  # behind its length
+
+    def number(name: str) -> int:
+        return int.from_bytes(told[name], "little", signed=True)
 
     return Piece(
-        value("text_output").decode(),
-        int(value("output_tokens")),
-        int(value("cycles")),
-        value("finish_reason").decode(),
-        int(value("num_input_tokens")),
-        int(value("num_draft_tokens")),
-        tuple(result.as_numpy("acceptance_histogram").reshape(-1).tolist()),
-        _scores(value("log_probs")),
-        _scores(value("prompt_log_probs")),
-        json.loads(value("trace_output") or "null"),
+        text("text_output"),
+        number("output_tokens"),
+        number("cycles"),
+        text("finish_reason"),
+        number("num_input_tokens"),
+        number("num_draft_tokens"),
+        tuple(np.frombuffer(told["acceptance_histogram"], "<i4").tolist()),
+        _scores(text("log_probs")),
+        _scores(text("prompt_log_probs")),
+        json.loads(trace) if (trace := text("trace_output")) else None,
     )
 
 
@@ -257,9 +279,11 @@ def from_json(line: str) -> Piece:
     )
 
 
-def _scores(told: str | bytes) -> tuple[TokenScore, ...]:
+def _scores(told: str) -> tuple[TokenScore, ...]:
     """``[[id, text, log-probability, [[id, text, log-probability], …]], …]`` as JSON, or nothing."""
+    if not told:
+        return ()
     return tuple(
         TokenScore(token, text, value, tuple(TokenScore(*other) for other in top))
-        for token, text, value, top in json.loads(told or "[]")
+        for token, text, value, top in json.loads(told)
     )

@@ -36,25 +36,35 @@ def page(trace: Trace, prompt: str = "") -> str:
 
 
 def chrome(trace: Trace) -> dict[str, Any]:
-    """A track of cycles, each with its stages within it, and a counter of the tokens that they bring; times in µs.
+    """A track of cycles, each with its stages within it, and a counter of the tokens that they bring.
+
+    Times are whole µs: Perfetto drops an event that overlaps another one of its track, were it by a rounding. Texts are quoted,
+    so that spaces are seen; besides, Perfetto has taken a backslash before a string's end for the quote's.
 
     Source: "Trace Event Format" of Chrome's tracing project, events of the phases X, C and M.
     """
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": f"D²SD, {trace['mode']}"}}]
+    at = 0
     for number, cycle in enumerate(trace["cycles"], 1):
-        at = began = cycle["began"] * 1e6
-        inside = []
+        began = at = max(at, round(cycle["began"] * 1e6))
+        inside, passed = [], 0.0
         for stage, seconds in cycle["laps"]:
-            inside.append({"ph": "X", "name": stage, "cat": "stage", "pid": 1, "tid": 1, "ts": at, "dur": seconds * 1e6})
-            at += seconds * 1e6
+            passed += seconds
+            until = began + round(passed * 1e6)
+            inside.append({"ph": "X", "name": stage, "cat": "stage", "pid": 1, "tid": 1, "ts": at, "dur": until - at})
+            at = until
         tokens = len(cycle["said"])
-        args = {"text": cycle["text"], "tokens": tokens, "verified": len(cycle["tokens"]), "batch": cycle["batch"]}
+        args = {"text": _quoted(cycle["text"]), "tokens": tokens, "verified": len(cycle["tokens"]), "batch": cycle["batch"]}
         args |= {"tree": _tree(trace, cycle), "planner": cycle["choice"]}
         name = f"cycle {number}: {tokens} {'token' if tokens == 1 else 'tokens'}"
         whole = {"ph": "X", "name": name, "cat": "cycle", "pid": 1, "tid": 1, "ts": began, "dur": at - began}
         events += [whole | {"args": args}, *inside]
         events.append({"ph": "C", "name": "tokens a pass", "pid": 1, "ts": began, "args": {"tokens": tokens}})
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"left_out": trace["left_out"]}}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _tree(trace: Trace, cycle: Mapping[str, Any]) -> list[str]:
@@ -64,7 +74,7 @@ def _tree(trace: Trace, cycle: Mapping[str, Any]) -> list[str]:
         if node:
             depths.append(depths[parent] + 1)
         piece = pieces[str(token)]
-        text = json.dumps(piece, ensure_ascii=False) if isinstance(piece, str) else bytes(piece).hex(" ")
+        text = _quoted(piece) if isinstance(piece, str) else bytes(piece).hex(" ")
         by = "+".join(name for bit, name in enumerate(trace["origins"]) if cycle["origins"][node] >> bit & 1)
         behind = f" behind {cycle['boundaries'][node]}" if cycle["boundaries"][node] >= 0 else ""
         accepted = " accepted" if node in cycle["accepted"] else ""

@@ -13,6 +13,9 @@ from gateway.limits import Keys, KeysError
 from gateway.replicas import Replicas
 
 DRAIN_WITHIN = 120  # seconds that running answers have to end in, after SIGTERM
+# Seconds that a connection may idle: longer than what stands before us keeps one (Caddy 120), which else might send a request
+# into a connection that is just being closed.
+KEEP_ALIVE = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     settings = Settings(tuple(args.model or Settings.models), args.body_limit, args.at_once)
     app = create(Replicas(args.triton or ["127.0.0.1:8001"]), keys, settings)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_WITHIN, lifespan="on")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=DRAIN_WITHIN,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
     print(f"ready: http://{args.host}:{listening.getsockname()[1]}/v1; Ctrl-C stops it", flush=True)
     uvicorn.Server(config).run([listening])
     return 0

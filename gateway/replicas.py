@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from client import Answer, AsyncClient, Options, Piece, ServiceError
@@ -92,7 +92,7 @@ class Replicas:
             finally:
                 replica.in_flight -= 1
 
-    async def stream(self, prompt: Prompt, options: Options, request_id: str, headers: Headers) -> AsyncIterator[Piece]:
+    async def stream(self, prompt: Prompt, options: Options, request_id: str, headers: Headers) -> AsyncGenerator[Piece, None]:
         """As of ``client.AsyncClient``, by any replica; another one is asked if it goes before the first piece has come."""
         tried: set[str] = set()
         begun = False

@@ -1,6 +1,5 @@
 """OpenAI's requests → what the client asks; the pieces of answers → OpenAI's responses."""
 
-import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -59,7 +58,8 @@ def _message(message: ChatMessage) -> Message:
 def _options(request: Request, number: int) -> Options:
     """Of the number-th answer to a prompt: each has a seed of its own, the first one the seed that was asked for.
 
-    What a request leaves out is OpenAI's default (temperature 1, top_p 1), but for the length, which the service knows.
+    What a request leaves out is OpenAI's default (temperature 1, top_p 1), but for the length, which the service knows. What
+    the service does anyway beside a temperature is not said, since every input of a request costs time there.
     """
     max_tokens, chat, top = request.max_tokens, {}, None
     if isinstance(request, ChatRequest):
@@ -72,13 +72,12 @@ def _options(request: Request, number: int) -> Options:
     elif isinstance(request, CompletionRequest):
         max_tokens, top = max_tokens or 16, request.logprobs
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    seed = secrets.randbits(63) if request.seed is None else (request.seed + number) % 2**64
     return Options(
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=max(request.top_k or 0, 0),
-        top_p=request.top_p or 1.0,
-        seed=seed,
+        top_k=max(request.top_k or 0, 0) or None,
+        top_p=None if request.top_p == 1.0 else request.top_p,
+        seed=None if request.seed is None else (request.seed + number) % 2**64,
         stop_words=[word for word in stop if word] or None,
         ignore_eos=request.ignore_eos,
         logprobs=top,
