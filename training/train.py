@@ -29,7 +29,7 @@ from export.drafter import CANDIDATES
 from training.blocks import Blocks, lay_blocks, sample_anchors, sample_kept
 from training.corpus import read_corpus
 from training.data import Batch, Data
-from training.features import Features
+from training.features import Features, cache_folder
 from training.losses import ban, leading, weighted_cross_entropy
 from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
@@ -386,8 +386,7 @@ def run(args: argparse.Namespace) -> None:
     ids = options.target_layer_ids or checkpoints.spread_layers(target.config.num_hidden_layers, options.layers)
     if start is not None:
         ids = checkpoints.read_drafter(start).target_layer_ids
-    cache = None if args.no_cache else Path("build/training/features") / f"{folder.name}-{'-'.join(map(str, ids))}"
-    features = Features(answers, target, ids, cache)
+    features = Features(answers, target, ids, None if args.no_cache else cache_folder(folder.name, ids, answers))
     data = Data(answers, features, options)
     scale = feature_scale(torch.cat([features.batch([i])[0, 1:] for i in data.trained[:64]])).to(device)
     if start is None:

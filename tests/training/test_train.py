@@ -14,7 +14,7 @@ from tests import tiny
 from training.blocks import lay_blocks
 from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT, Data
-from training.features import Features
+from training.features import Features, cache_folder
 from training.student import Student, draft_vocabulary, feature_scale
 from training.train import Trainer, tree_gain
 
@@ -84,6 +84,12 @@ def test_a_grown_corpus_keeps_what_was_computed(target, tmp_path):
     assert grown.known.tolist() == [0, 1, 1] + [0] * 6
     assert torch.equal(grown.batch([1, 2]), first)
     assert grown.batch([8]).abs().sum() > 0
+
+
+def test_a_grown_corpus_has_its_features_where_they_were_and_another_one_elsewhere():
+    place = cache_folder("t", [0, 2], corpus(4))
+    assert place == cache_folder("t", [0, 2], corpus(9))
+    assert place not in {cache_folder("t", [0, 2], corpus(4)[1:]), cache_folder("t", [0], corpus(4))}
 
 
 def test_no_leak_of_the_future(target, tmp_path):
