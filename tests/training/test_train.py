@@ -287,12 +287,9 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
 
 
 def test_the_temperature_of_a_place_counts_the_masks_before_it_in_its_block():
-    """Two blocks in one row, as branches lie; which tokens share a block, the mask says."""
-    masked = torch.tensor([[False, True, True, True, False, False, True, True]])
-    positions = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 5, 6, 7, 8]])  # three feature rows before them
-    block = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    mask = torch.cat([torch.ones(8, 3), (block[:, None] == block).float()], dim=1).bool()[None]
-    assert masked_depth(masked, positions, mask).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    """Two blocks in a row, as branches lie, and a row of another sequence."""
+    masked = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0]]).bool()
+    assert masked_depth(masked).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2], [0, 0, 0, 1, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("found", [[], [1.0, 0], ["1"], [float("inf")], 2.0])
