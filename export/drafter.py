@@ -188,7 +188,7 @@ class Drafter(nn.Module):
         logits, new = self.logits(features, block_ids, positions, mask, past_lengths, past)
         logits = logits.float()
         if self.temperatures is not None:
-            depth = masked_depth(block_ids == self.mask_id, positions, mask)
+            depth = masked_depth(block_ids == self.mask_id)
             logits = logits / self.temperatures[(depth - 1).clamp(0, len(self.temperatures) - 1)][..., None]
         best, index = logits.topk(CANDIDATES, dim=-1)
         confidences = torch.exp(best - torch.logsumexp(logits, dim=-1, keepdim=True))
@@ -196,13 +196,16 @@ class Drafter(nn.Module):
         return tokens, confidences, new
 
 
-def masked_depth(masked: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+def masked_depth(masked: Tensor) -> Tensor:
     """How many masked places a block has up to each of its tokens: ``[B, N]`` int64, 0 for the anchor and what is kept.
 
+    Blocks lie one behind the other, and each begins with an anchor, which is never masked: a run of masks is of one block. So
+    this asks nothing of the mask, which the graph for paged attention does not have (``export/paged_graph.py``).
+
     Args:
-        masked: ``[B, N]`` bool. positions: ``[B, M + N]``, mask: ``[B, N, M + N]``: the graph's, which say who shares a block.
+        masked: ``[B, N]`` bool.
     """
-    n = masked.shape[1]
-    place = positions[:, -n:]
-    behind = place[:, None, :] <= place[:, :, None]
-    return (mask[:, :, -n:] & behind & masked[:, None, :]).long().sum(-1)
+    places = torch.arange(masked.shape[1], device=masked.device)
+    behind = places[:, None] >= places
+    kept = (behind & ~masked[:, None, :]).long().sum(-1)  # [B, N], up to each token
+    return (behind & masked[:, None, :] & (kept[:, None, :] == kept[:, :, None])).long().sum(-1)

@@ -118,7 +118,8 @@ def save_pipeline(root: Path, architecture: str = "llama", provider: str = "cpu"
     """Write a whole tiny pipeline into ``root``; returns its file."""
     save_target(root / "target", architecture, **changes)
     save_drafter(root / "first", seed=1, draft_vocabulary=200)
-    save_drafter(root / "second", seed=2)
+    dflash = {"target_layer_ids": LAYER_IDS, "mask_token_id": 299, "confidence_temperatures": [0.8, 1.0, 1.3]}
+    save_drafter(root / "second", seed=2, dflash_config=dflash)
     file = root / "pipeline.yaml"
     file.write_text(PIPELINE.format(root=root, provider=provider))
     return file

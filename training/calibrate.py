@@ -2,9 +2,10 @@
 
 A tree is chosen by the probability that the target accepts each node, and a planner weighs it against what a row costs. So
 what must be true is the probability of a token given that all before it in its block were accepted. One temperature for each
-place behind the last kept token is fitted to that on one half of the held-out answers (log loss of "the likeliest token is
-right"), and the expected calibration error (ECE, ten bins) is shown for the other half. They stand in the checkpoint's
-``dflash_config.confidence_temperatures``; the exported graph applies them (``export/drafter.py``).
+place behind the last kept token is fitted to that on the held-out answers (log loss of "the likeliest token is right"). The
+expected calibration error (ECE, ten bins) that is shown is that of each half of them at the temperatures of the other half.
+They stand in the checkpoint's ``dflash_config.confidence_temperatures``; the exported graph applies them
+(``export/drafter.py``).
 """
 
 import argparse
@@ -20,13 +21,13 @@ from export.config import UserError, load
 from training.blocks import lay_blocks, sample_anchors
 from training.corpus import read_corpus
 from training.data import Data
-from training.features import Features
+from training.features import Features, cache_folder
 from training.losses import ban
 from training.student import Student
 from training.train import Trainer
 
 GRID = torch.logspace(-0.35, 0.35, 29, base=10.0)  # temperatures that are tried: 0.45 to 2.24; the middle one is 1
-ENOUGH = 200  # observations of a place; with fewer it takes the temperature of the place before it
+ENOUGH = 400  # observations of a place; with fewer it takes the temperature of the place before it
 ANCHORS = 64  # of each held-out answer
 
 
@@ -114,7 +115,8 @@ def calibrate(args: argparse.Namespace) -> str:
     answers = read_corpus(Path(pipeline.training.corpus))
     student = Student.load(path, target)
     first = Student.load(args.first or Path("build/training/dflash"), target) if args.drafter == "vp" else None
-    features = Features(answers, target, checkpoints.read_drafter(path).target_layer_ids, None)
+    ids = checkpoints.read_drafter(path).target_layer_ids
+    features = Features(answers, target, ids, cache_folder(folder.name, ids, answers))
     options = pipeline.training.model_copy(update={"loss": "tokens"})
     trainer = Trainer(student, first, Data(answers, features, options), options, path, torch.device("cpu"))
     held_out = [i for i in trainer.data.held_out if answers[i].temperature == 0]
@@ -126,12 +128,14 @@ def calibrate(args: argparse.Namespace) -> str:
         seen = [observe(trainer, start, chosen[start : start + 8]) for start in range(0, len(chosen), 8)]
         halves.append([torch.cat(parts) for parts in zip(*seen, strict=True)])
     places = int(student.config.block_size) - 1
-    (depth, confidence, right), other = halves
+    depth, confidence, right = (torch.cat(parts) for parts in zip(*halves, strict=True))
     best = fit(depth, confidence, right, places)
-
-    depth, confidence, right = other
+    crossed = [
+        own[1].gather(1, fit(*other, places)[own[0] - 1][:, None]).squeeze(1)
+        for own, other in zip(halves, halves[::-1], strict=True)
+    ]
+    before, after = confidence[:, len(GRID) // 2], torch.cat(crossed)
     lines = ["| place | seen | temperature | ECE before | ECE after |", "|---|---|---|---|---|"]
-    before, after = confidence[:, len(GRID) // 2], confidence.gather(1, best[depth - 1][:, None]).squeeze(1)
     for place in [*range(1, places + 1), 0]:
         here = depth == place if place else depth > 0
         errors = f"{calibration_error(before[here], right[here]):.3f} | {calibration_error(after[here], right[here]):.3f}"

@@ -5,6 +5,7 @@ Computed in one pass over each answer when it is first asked for, and kept on di
 on a CPU the target's pass over an answer costs about half of the drafter's training step on it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from transformers import PreTrainedModel
 from training.corpus import Answer
 
 TOGETHER = 2048  # tokens in a pass of the target, about
+
+
+def cache_folder(target: str, layers: Sequence[int], answers: Sequence[Answer]) -> Path:
+    """Where training keeps a corpus' features. A corpus grows at its end, so that its first answer tells it from others."""
+    first = hashlib.sha256(np.array(answers[0].tokens, dtype=np.int64).tobytes()).hexdigest()[:12]
+    return Path("build/training/features") / f"{target}-{'-'.join(map(str, layers))}-{first}"
 
 
 class Features:

@@ -19,18 +19,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from decoding import best_first, sources
+from decoding.acceptance import walk
+from decoding.calibration import Calibration
+from decoding.drafts import Draft
 from export import checkpoints
 from export.config import TrainingSection, UserError, load
+from export.drafter import CANDIDATES
 from training.blocks import Blocks, lay_blocks, sample_anchors, sample_kept
 from training.corpus import read_corpus
 from training.data import Batch, Data
-from training.features import Features
+from training.features import Features, cache_folder
 from training.losses import ban, leading, weighted_cross_entropy
 from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
 
 VALIDATE_EVERY = 50  # steps
 SAVE_EVERY = 180  # seconds, between validations
+TREE = 12  # rows of the tree that validation grows
 WIDTH = 64  # blocks in a row of a batch
 WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
 
@@ -77,6 +83,8 @@ class Trainer:
         began, blocks = time.monotonic(), 0
         saved = began
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step) as board:
+            if self.step == 0:  # what training starts from, against which all later validations stand
+                self.log({"step": 0} | self.validate(), board)
             while self.step < self.options.steps:
                 loss, count = self.train_step()
                 blocks += count
@@ -183,47 +191,56 @@ class Trainer:
         return lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, mask_id, tau), banned.flatten(1)
 
     @torch.no_grad()
-    def first_draft(self, batch: Batch, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def first_draft(self, batch: Batch, anchors: Tensor, width: int = 1) -> tuple[Tensor, Tensor, Draft]:
         """What the first drafter makes of each block.
+
+        Args:
+            width: W, candidates of each place.
 
         Returns:
             accepted ``[S, A]``: leading tokens that are right; refused ``[S, A]``: the first wrong one, -1 if the block
-            or the answer ended before; confidences ``[S, A, γ-1]``.
+            or the answer ended before; the draft of S·A blocks, γ-1 places and W candidates.
         """
         first = self.first or self.student
         gamma = int(first.config.block_size)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, torch.zeros_like(anchors), gamma, first.mask_id, 1.0)
         rows = torch.ones_like(blocks.ids, dtype=torch.bool)
-        best = torch.softmax(first.logits(batch.features, blocks, rows).float(), -1).max(-1)
+        best = torch.softmax(first.logits(batch.features, blocks, rows).float(), -1).topk(width)
         shape = (*anchors.shape, gamma)
-        tokens = first.draft_ids[best.indices].view(shape)[..., 1:]
+        candidates = first.draft_ids[best.indices].view(*shape, width)[..., 1:, :]
+        tokens = candidates[..., 0]
         known = (blocks.weights > 0).view(shape)[..., 1:]
         accepted = leading((tokens == blocks.labels.view(shape)[..., 1:]) & known)
         place = accepted.clamp(max=gamma - 2)[..., None]
         missed = (accepted < gamma - 1) & known.gather(2, place).squeeze(2)
         refused = torch.where(missed, tokens.gather(2, place).squeeze(2), -1)
-        return accepted, refused, best.values.view(shape)[..., 1:]
+        probabilities = best.values.view(*shape, width)[..., 1:, :]
+        return accepted, refused, Draft([], anchors.flatten(), candidates.flatten(0, 1), probabilities.flatten(0, 1))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Acceptance length on held-out greedy answers, with the averaged weights, every anchor counting the same.
 
-        For DFlash the tokens of its own block; for a VP-Drafter those of both drafters, its exclusive redraft at the
-        first one's rejection counted whether or not that boundary would have been selected.
+        For DFlash the tokens of its own block, and those of its best-first tree of ``TREE`` rows; for a VP-Drafter those of
+        both drafters, its exclusive redraft at the first one's rejection counted whether or not that boundary would have been
+        selected.
         """
         held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
-        won, count = 0, 0
+        won, grown, count = 0, 0, 0
         with self.averaged():
             for start in range(0, len(held_out), 8):
                 batch = self.data.load(held_out[start : start + 8], f"validate/{start}", self.device)
                 anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), 32, batch.generator)
                 anchors = anchors.to(self.device)
-                accepted, refused, _ = self.first_draft(batch, anchors)
+                accepted, refused, draft = self.first_draft(batch, anchors, 1 if self.first else CANDIDATES)
                 count += int((anchors >= 0).sum())
                 won += int((accepted + 1)[anchors >= 0].sum())
                 if self.first is not None:
                     won += int(self.redraft_gain(batch, anchors, accepted, refused).sum())
-        return {"acceptance_length": round(won / max(count, 1), 4)}
+                else:
+                    grown += int((tree_gain(batch, anchors, draft) + 1)[anchors >= 0].sum())
+        lengths = {"acceptance_length": won} | ({} if self.first else {"tree_length": grown})
+        return {name: round(tokens / max(count, 1), 4) for name, tokens in lengths.items()}
 
     def redraft(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> tuple[Blocks, Tensor]:
         """Blocks kept up to the first drafter's rejections, and the draft index banned at each place ``[S, N]``, or -1."""
@@ -296,6 +313,18 @@ class Trainer:
             print("  ".join(f"{key} {value}" for key, value in record.items()), file=sys.stderr, flush=True)
 
 
+def tree_gain(batch: Batch, anchors: Tensor, draft: Draft) -> Tensor:
+    """Tokens ``[S, A]`` that a best-first tree of ``TREE`` rows, anchor included, gains from a first draft's marginals."""
+    positions = anchors.clamp(min=0)[..., None] + 1 + torch.arange(draft.tokens.shape[1] + 1, device=anchors.device)
+    within = positions < batch.lengths[:, None, None]
+    truth = batch.tokens.gather(1, positions.clamp(max=batch.tokens.shape[1] - 1).flatten(1)).view_as(positions)
+    said = torch.where(within, truth, -2).flatten(0, 1).cpu().numpy()  # behind the end: what no tree holds
+    draft = Draft([], *(x.cpu().numpy() for x in (draft.anchors, draft.candidates, draft.probabilities)))
+    tree = best_first.grow(draft.anchors, [sources.first(draft)], TREE, Calibration().factors)
+    nodes, _ = walk(tree, lambda depth, _: said[:, depth])
+    return torch.from_numpy((nodes > 0).sum(1)).view(anchors.shape).to(anchors.device)
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 matrices faster than f32 ones."""
     return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -357,8 +386,7 @@ def run(args: argparse.Namespace) -> None:
     ids = options.target_layer_ids or checkpoints.spread_layers(target.config.num_hidden_layers, options.layers)
     if start is not None:
         ids = checkpoints.read_drafter(start).target_layer_ids
-    cache = None if args.no_cache else Path("build/training/features") / f"{folder.name}-{'-'.join(map(str, ids))}"
-    features = Features(answers, target, ids, cache)
+    features = Features(answers, target, ids, None if args.no_cache else cache_folder(folder.name, ids, answers))
     data = Data(answers, features, options)
     scale = feature_scale(torch.cat([features.batch([i])[0, 1:] for i in data.trained[:64]])).to(device)
     if start is None:

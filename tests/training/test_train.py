@@ -14,9 +14,9 @@ from tests import tiny
 from training.blocks import lay_blocks
 from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT, Data
-from training.features import Features
+from training.features import Features, cache_folder
 from training.student import Student, draft_vocabulary, feature_scale
-from training.train import Trainer
+from training.train import Trainer, tree_gain
 
 OPTIONS = {
     "target_layer_ids": tiny.LAYER_IDS,
@@ -84,6 +84,12 @@ def test_a_grown_corpus_keeps_what_was_computed(target, tmp_path):
     assert grown.known.tolist() == [0, 1, 1] + [0] * 6
     assert torch.equal(grown.batch([1, 2]), first)
     assert grown.batch([8]).abs().sum() > 0
+
+
+def test_a_grown_corpus_has_its_features_where_they_were_and_another_one_elsewhere():
+    place = cache_folder("t", [0, 2], corpus(4))
+    assert place == cache_folder("t", [0, 2], corpus(9))
+    assert place not in {cache_folder("t", [0, 2], corpus(4)[1:]), cache_folder("t", [0], corpus(4))}
 
 
 def test_no_leak_of_the_future(target, tmp_path):
@@ -178,8 +184,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(target, tmp_path, which, monke
     assert whole.keys() == killed.keys()
     for key in whole:
         assert torch.equal(whole[key], killed[key]), key
-    log = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
-    assert log == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert [record["step"] for record in log if "acceptance_length" in record] == [0, 3, 6, 7]
 
 
 def test_it_learns(target, tmp_path):
@@ -187,12 +194,35 @@ def test_it_learns(target, tmp_path):
     dflash = trainer(target, tmp_path / "dflash", steps=120, learning_rate=0.03)
     before = dflash.validate()["acceptance_length"]
     dflash.run()
-    after = dflash.validate()["acceptance_length"]
+    lengths = dflash.validate()
+    after = lengths["acceptance_length"]
     assert before < 1.2
     assert after > before + 0.8
+    assert lengths["tree_length"] >= after
     vp = trainer(target, tmp_path / "vp", steps=30, first=tmp_path / "dflash", start=tmp_path / "dflash")
     vp.run()
     assert vp.validate()["acceptance_length"] >= after
+
+
+def test_a_tree_gains_what_its_rows_reach(target, tmp_path, monkeypatch):
+    """One row holds the anchor, two the likeliest token; as many as there are paths hold whatever is a candidate."""
+    made = trainer(target, tmp_path, steps=40, learning_rate=0.03)
+    for _ in range(40):
+        made.train_step()
+    batch = made.data.load(made.data.held_out[:2], "tree", CPU)
+    anchors = torch.tensor([[3, 7, -1], [12, 9, 2]])  # behind anchor 12 of 15 tokens there are two more
+    accepted, _, draft = made.first_draft(batch, anchors, 3)
+    monkeypatch.setattr("training.train.TREE", 1)
+    assert not tree_gain(batch, anchors, draft).any()
+    monkeypatch.setattr("training.train.TREE", 2)
+    assert torch.equal(tree_gain(batch, anchors, draft), accepted.clamp(max=1))
+    monkeypatch.setattr("training.train.TREE", 1 + 3 + 9 + 27)
+    truth = torch.nn.functional.pad(batch.tokens, (0, 3), value=-2).gather(1, anchors.clamp(min=0) + 1)
+    first = (draft.candidates.view(2, 3, 3, 3)[:, :, 0] == truth[..., None]).any(-1)
+    gain = tree_gain(batch, anchors, draft)
+    assert torch.equal(gain > 0, first)
+    assert (gain >= accepted).all()
+    assert gain[1, 0] <= 2
 
 
 def test_rejections_are_what_the_first_drafter_gets_wrong(target, tmp_path):
@@ -201,9 +231,9 @@ def test_rejections_are_what_the_first_drafter_gets_wrong(target, tmp_path):
     vp = trainer(target, tmp_path / "vp", first=tmp_path / "first", start=tmp_path / "first")
     batch = vp.next_batch()
     anchors = torch.arange(2, 7).expand(len(batch.lengths), -1).contiguous()
-    accepted, refused, confidences = vp.first_draft(batch, anchors)
+    accepted, refused, draft = vp.first_draft(batch, anchors, 2)
     blocks, banned = vp.lay(batch, anchors, rejections=1.0)
-    assert confidences.shape == (*anchors.shape, 3)
+    assert draft.candidates.shape == draft.probabilities.shape == (anchors.numel(), 3, 2)
     ids, banned = blocks.ids.view(*anchors.shape, 4), banned.view(*anchors.shape, 4)
     found = False
     for s, a in ((s, a) for s in range(anchors.shape[0]) for a in range(anchors.shape[1])):
@@ -257,12 +287,9 @@ def test_a_saved_drafter_computes_the_same_in_the_exported_graph(target, tmp_pat
 
 
 def test_the_temperature_of_a_place_counts_the_masks_before_it_in_its_block():
-    """Two blocks in one row, as branches lie; which tokens share a block, the mask says."""
-    masked = torch.tensor([[False, True, True, True, False, False, True, True]])
-    positions = torch.tensor([[0, 1, 2, 5, 6, 7, 8, 5, 6, 7, 8]])  # three feature rows before them
-    block = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    mask = torch.cat([torch.ones(8, 3), (block[:, None] == block).float()], dim=1).bool()[None]
-    assert masked_depth(masked, positions, mask).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    """Two blocks in a row, as branches lie, and a row of another sequence."""
+    masked = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0]]).bool()
+    assert masked_depth(masked).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2], [0, 0, 0, 1, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("found", [[], [1.0, 0], ["1"], [float("inf")], 2.0])
