@@ -337,7 +337,7 @@ class _Verified:
 
 def _where(now: Situation) -> tuple[int, int]:
     """How many sequences there are, and how sure their texts are on average."""
-    return len(now.sequences), _bucket(now.text.mean(0))
+    return len(now.sequences), _bucket(now.text[:, :1].sum(0) / len(now.sequences))
 
 
 def _bucket(text: NDArray[np.float64]) -> int:

@@ -69,7 +69,8 @@ class Scheduler:
         Where it raises, the running sequences are lost (``reset``).
         """
         self._let_go()
-        pieces = self._take_in(self._budget())
+        newcomers = self.waiting or any(s.computed < s.position for s in self.running)
+        pieces = self._take_in(self._budget()) if newcomers else []
         if not self.running:
             return []
         answering = self._answering()

@@ -26,6 +26,7 @@ Seconds = NDArray[np.float64]
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
+TOGETHER = 4  # sequences of the call that says what a further one takes
 REACH = 0.06  # weight of a call in the correction
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
@@ -233,15 +234,19 @@ _GREEDY = _Greedy()
 
 
 def _table(calls: Any, long: int) -> Table:
-    def seconds(sequences: Sequence[int], n: int) -> float:
-        calls.call(sequences, n)  # a shape that was never met takes longer
-        times = []
-        for _ in range(2 if n > 32 else 4):
-            calls.call(sequences, 1)  # as in serving, where calls of a size are seldom alike in a row
-            start = time.perf_counter()
-            calls.call(sequences, n)
-            times.append(time.perf_counter() - start)
-        return sorted(times)[(len(times) - 1) // 2]
+    """Time the calls, in turns, so that a slow moment of the machine hits all sizes alike."""
+
+    def once(sequences: Sequence[int], n: int) -> float:
+        calls.call(sequences[:1], 1)  # as in serving, where calls of a size are seldom alike in a row
+        start = time.perf_counter()
+        calls.call(sequences, n)
+        return time.perf_counter() - start
+
+    def more_seconds(sequences: Sequence[int], n: int, than: Sequence[int], m: int) -> float:
+        """That a call takes beyond another one."""
+        calls.call(sequences, n)
+        gaps = sorted(once(sequences, n) - once(than, m) for _ in range(5))
+        return max(0.0, gaps[2])
 
     calls.engine.reset()
     fit = getattr(calls.engine, "fit", lambda n: n)
@@ -250,30 +255,34 @@ def _table(calls: Any, long: int) -> Table:
     one = calls.open(1)
     calls.fill(one, min(SHORT, long))
     short = calls.engine.length(one)
-    flat: dict[int, float] = {}
+    times: dict[int, list[float]] = {}
     for n in sizes:
         try:
-            flat[n] = seconds([one], n)
+            calls.call([one], n)  # a shape that was never met takes longer
         except EngineError:  # an engine that was built for no call as large
             break
+        times[n] = []
+    for turn in range(4):
+        for n in times:
+            if turn < 2 or n <= 32:
+                times[n].append(once([one], n))
+    flat = {n: sorted(took)[(len(took) - 1) // 2] for n, took in times.items()}
     sizes = list(flat)
-    more = []
-    for number in range(2, 5):
-        if not calls.engine.room(calls.most):
-            break
-        more.append(calls.open(number))
-        calls.fill(more[-1], short)
-    together = len(more) + 1
-    joint = seconds([one, *more], 1) if more else 0.0
-    for sequence in more:
-        calls.engine.close(sequence)
-    calls.fill(one, long - short)
+    all_of_them = [one]
+    while len(all_of_them) < TOGETHER and calls.engine.room(calls.most):
+        all_of_them.append(calls.open(len(all_of_them) + 1))
+        calls.fill(all_of_them[-1], short)
+    together = len(all_of_them)
+    each = more_seconds(all_of_them, 1, [one], together) / (together - 1) if together > 1 else 0.0
     widths: list[int] = [n for n in (1, 8, 32) if n in flat]
-    context = [max(0.0, (seconds([one], n) - flat[n]) / max(long - short, 1)) for n in widths]
+    context = [0.0] * len(widths)
+    if together > 1:
+        far = all_of_them[-1]
+        calls.fill(far, long - short)
+        context = [more_seconds([far], n, [one], n) / max(long - short, 1) for n in widths]
     calls.engine.reset()
     seconds_of = [max(flat[n] - short * float(np.interp(n, widths, context)), 1e-6) for n in sizes]
-    alike = float(np.interp(together, sizes, [flat[n] for n in sizes]))
-    return Table(sizes, seconds_of, widths, context, max(0.0, (joint - alike) / max(together - 1, 1)))
+    return Table(sizes, seconds_of, widths, context, each)
 
 
 def describe(costs: Costs) -> str:

@@ -130,10 +130,10 @@ def calibrate(args: argparse.Namespace) -> str:
     places = int(student.config.block_size) - 1
     depth, confidence, right = (torch.cat(parts) for parts in zip(*halves, strict=True))
     best = fit(depth, confidence, right, places)
-    crossed = [
-        own[1].gather(1, fit(*other, places)[own[0] - 1][:, None]).squeeze(1)
-        for own, other in zip(halves, halves[::-1], strict=True)
-    ]
+    crossed = []
+    for own, (their_depth, their_confidence, their_right) in zip(halves, halves[::-1], strict=True):
+        temperatures = fit(their_depth, their_confidence, their_right, places)
+        crossed.append(own[1].gather(1, temperatures[own[0] - 1][:, None]).squeeze(1))
     before, after = confidence[:, len(GRID) // 2], torch.cat(crossed)
     lines = ["| place | seen | temperature | ECE before | ECE after |", "|---|---|---|---|---|"]
     for place in [*range(1, places + 1), 0]:
