@@ -11,7 +11,7 @@ is what gains most: tokens - λ · seconds. It is chosen in steps, each when wha
 On a device values are known only when the cycle is over; there the same steps go by what the last cycles showed.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Literal
@@ -107,7 +107,7 @@ class Planner:
         self.first: NDArray[np.float64] = np.array([start * ratio ** np.arange(NODES - 1) for start, ratio in PRIOR])
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
-        self.beside = dict(BESIDE)  # by what is done
+        self.beside: defaultdict[int, dict[str, float]] = defaultdict(BESIDE.copy)  # by sequences, and by what is done
         self.rates: dict[tuple[int, int], tuple[float, float]] = {}  # tokens and seconds, fading, by ``_where``
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
@@ -178,7 +178,7 @@ class Planner:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
-            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0]) * self.beside["plain"]
+            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0]) * self.beside[len(values)]["plain"]
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
@@ -197,8 +197,9 @@ class Planner:
         if seconds is not None and plan.seconds:
             self.off.append(seconds / plan.seconds)
             ratio = min(max(self.off[-1], 0.5), 2.0)
-            beside = self.beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))
-            self.beside[plan.kind] = min(max(beside, BESIDE_LEAST), BESIDE_MOST)
+            beside = self.beside[len(plan.nodes)]
+            learned = beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))
+            beside[plan.kind] = min(max(learned, BESIDE_LEAST), BESIDE_MOST)
         self.expected += plan.expected
         self.came += came
         self.predicted += plan.seconds
@@ -297,9 +298,10 @@ class Planner:
 
     def _taken(self, now: Situation, most: int, spent: float, kind: str) -> NDArray[np.float64]:
         """Seconds of a cycle that verifies 0, 1, … ``most`` nodes, ``[most + 1]``, when calls before it took ``spent``."""
-        seconds = (spent + self._pass(now, np.arange(most + 1))) * self.beside[kind]
+        beside = self.beside[len(now.sequences)]
+        seconds = (spent + self._pass(now, np.arange(most + 1))) * beside[kind]
         if not spent:
-            seconds[0] *= self.beside["plain"] / self.beside[kind]
+            seconds[0] *= beside["plain"] / beside[kind]
         return seconds
 
     def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -312,7 +314,7 @@ class Planner:
         slower than that. (A token that is skipped is like those around it: where the text is silent, it would have gone
         slowly.)"""
         size = len(now.sequences)
-        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0] * self.beside["plain"])
+        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0] * self.beside[size]["plain"])
         tokens, seconds = self.rates.get(_where(now), (plain, 1.0))
         return max(plain, tokens / seconds)
 
