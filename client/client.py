@@ -83,7 +83,8 @@ class Client:
                     raise ServiceError(f"{self.address}: the service is not live")
                 service.start_stream(lambda result, error: arrived.put((result, error)))
                 service.async_stream_infer(
-                    *(MODEL, to_tensors(named, module)),
+                    MODEL,
+                    to_tensors(named, module),
                     outputs=to_outputs(named, module),
                     request_id=request_id,
                     enable_empty_final_response=True,

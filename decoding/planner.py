@@ -79,6 +79,7 @@ class Situation:
         sequences: those in ``auto``. text: ``[b, N - 1]``, the values of what the text proposes for each.
         lags: ``[2, b]``, tokens that each drafter must catch up with.
         contexts: ``[b]``. others: rows of the target's pass that are not theirs. other_context: of those rows' sequences.
+        plain: seconds of a pass over their anchors alone, once it was asked for.
     """
 
     sequences: Many[Sequence]
@@ -87,6 +88,7 @@ class Situation:
     contexts: NDArray[np.int64]
     others: int = 0
     other_context: int = 0
+    plain: float = 0.0
 
 
 class Planner:
@@ -98,8 +100,8 @@ class Planner:
         drafts: whether there is a first drafter.
 
     Attributes:
-        chosen: cycles by what was done in them. expected, came: tokens. predicted: seconds. off: what the last cycles took, of
-            what was predicted.
+        chosen: cycles by what was done in them. expected, came: tokens. off: what the last cycles took, of what was
+            predicted.
     """
 
     def __init__(self, costs: Costs, block_size: int, branches: int, *, drafts: bool) -> None:
@@ -116,7 +118,7 @@ class Planner:
         self.rest = self.rested = 0  # cycles without a look at drafts, and of how many sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
-        self.expected = self.came = self.predicted = 0.0
+        self.expected = self.came = 0.0
         self.off: deque[float] = deque(maxlen=4096)
 
     def begin(self, now: Situation) -> Plan:
@@ -187,7 +189,7 @@ class Planner:
         plan.nodes, plan.expected, plan.seconds, plan.promised = best.nodes, best.expected, best.seconds, best.promised
         self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
 
-    def learn(self, now: Situation, plan: Plan, came: int, seconds: float | None = None) -> None:
+    def learn(self, now: Situation, plan: Plan, came: int, seconds: float | None) -> None:
         """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
@@ -203,7 +205,6 @@ class Planner:
             beside[plan.kind] = min(max(learned, BESIDE_LEAST), BESIDE_MOST)
         self.expected += plan.expected
         self.came += came
-        self.predicted += plan.seconds
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
         if not now.others:
             where, kept = _where(now), 1 - RATE_MEMORY
@@ -315,7 +316,8 @@ class Planner:
         slower than that. (A token that is skipped is like those around it: where the text is silent, it would have gone
         slowly.)"""
         size = len(now.sequences)
-        plain = size / float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0] * self.beside[size]["plain"])
+        now.plain = now.plain or float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0])
+        plain = size / (now.plain * self.beside[size]["plain"])
         tokens, seconds = self.rates.get(_where(now), (plain, 1.0))
         return max(plain, tokens / seconds)
 

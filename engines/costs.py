@@ -275,11 +275,11 @@ def _table(calls: Any, long: int) -> Table:
     together = len(all_of_them)
     each = more_seconds(all_of_them, 1, [one], together) / (together - 1) if together > 1 else 0.0
     widths: list[int] = [n for n in (1, 8, 32) if n in flat]
-    context = [0.0] * len(widths)
-    if together > 1:
-        far = all_of_them[-1]
-        calls.fill(far, long - short)
-        context = [more_seconds([far], n, [one], n) / max(long - short, 1) for n in widths]
+    far = all_of_them[-1]
+    calls.fill(far, long - short)
+    # Where there is room for one alone, there is nobody to take turns with.
+    gaps = [more_seconds([far], n, [one], n) if far != one else max(0.0, once([far], n) - flat[n]) for n in widths]
+    context = [gap / max(long - short, 1) for gap in gaps]
     calls.engine.reset()
     seconds_of = [max(flat[n] - short * float(np.interp(n, widths, context)), 1e-6) for n in sizes]
     return Table(sizes, seconds_of, widths, context, each)

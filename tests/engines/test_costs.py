@@ -60,14 +60,14 @@ class Sleeper:
 
     ragged, mask_id = True, 9
 
-    def __init__(self):
-        self.lengths = []
+    def __init__(self, places=4, each=0.0):
+        self.lengths, self.places, self.each = [], places, each
 
     def reset(self):
         self.lengths = []
 
     def room(self, rows):
-        return len(self.lengths) < 4
+        return len(self.lengths) < self.places
 
     def open(self, tokens, rows):
         self.lengths.append(0)
@@ -98,7 +98,7 @@ class Sleeper:
         else:
             rows = arrays[1].size + sum(map(len, arrays[0]))
             self.lengths[sequences[0]] += len(arrays[0][0])
-        time.sleep(0.004 * -(-rows // 32))
+        time.sleep(0.004 * -(-rows // 32) + self.each * sum(self.lengths[sequence] for sequence in sequences))
         return self if isinstance(arrays[0], np.ndarray) else (np.zeros(1), None)
 
 
@@ -112,3 +112,9 @@ def test_what_is_measured_is_what_calls_take():
         assert took[2] / took[1] == pytest.approx(4, rel=0.4)
     assert "rows" in costs.describe(found)
     assert "cores" in costs.machine()
+
+
+@pytest.mark.parametrize("places", [1, 4])
+def test_what_a_context_takes_is_measured_however_few_have_room(places):
+    found = measure(Sleeper(places, each=2e-5), [], 4, 1100, lambda _: None).tables["target"]
+    assert found.context == pytest.approx([2e-5] * 3, rel=0.3)
