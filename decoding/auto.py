@@ -33,6 +33,8 @@ class Auto:
     ) -> None:
         self.target, self.planner, self.text, self.calibration = target, planner, text, calibration
         self.first, self.second = first, second
+        self.sequences: list[Sequence] = []  # of the cycle
+        self.parts: list[tuple[Group, list[int]]] = []  # and their places among these
 
     def begin(
         self, members: Many[int], sequences: Many[Sequence], anchors: Array, others: int, other_context: int
@@ -43,15 +45,23 @@ class Auto:
             members: which of ``sequences``, whose anchors are ``anchors``.
             others: rows of the target's pass that are not theirs. other_context: of the sequences whose they are.
         """
-        own = [sequences[b] for b in members]
-        self.reach = self.planner.reach
-        here = np.array([s.anchor for s in own], dtype=np.int64)
-        lags = [[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)]
-        contexts = np.array([s.computed for s in own], dtype=np.int64)
-        nothing = np.zeros((len(own), self.reach - 1))
-        self.now = Situation(own, nothing, np.array(lags), contexts, others, other_context)
+        own = self.sequences = [sequences[b] for b in members]
+        self.known = is_numpy_namespace(array_namespace(anchors))
+        context = sum(s.computed for s in own) + other_context
         proposed = None
-        if self.planner.hopeless(self.now, self.text.worth(own)):
+        worth = [value for s in own for value in self.text.worth(s)]
+        silent = self.planner.hopeless(len(own), context, others, worth)
+        if silent and (plan := self.planner.rests(len(own), context, others)):
+            group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
+            self.plan, self.parts = plan, [(group, list(range(len(own))))]
+            return [group]
+        self.reach = self.planner.reach
+        nothing = np.zeros((len(own), self.reach - 1))
+        lags = np.array([[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)])
+        contexts = np.array([s.computed for s in own], dtype=np.int64)
+        self.now = Situation(own, nothing, lags, contexts, others, other_context)
+        here = np.array([s.anchor for s in own], dtype=np.int64)
+        if silent:
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
             proposed = self.text.propose(own)
@@ -60,7 +70,7 @@ class Auto:
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
         alone = [b for b in range(len(own)) if b not in drafted]
-        self.parts: list[tuple[Group, list[int]]] = []  # and their places among ``own``
+        self.parts = []
         for mode, places in ((MODES["first_text"], drafted), (MODES["lookup"], alone)):
             if places:
                 group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
@@ -71,7 +81,6 @@ class Auto:
                 else:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))
-        self.known = is_numpy_namespace(array_namespace(anchors))
         return [group for group, _ in self.parts]
 
     def consider_redrafts(self) -> None:
@@ -96,6 +105,8 @@ class Auto:
 
     def cut(self, trees: Many[PrefixTree]) -> list[PrefixTree]:
         """Leave of the trees of the groups of ``begin`` the nodes that are worth their time."""
+        if self.plan.nodes:  # nothing was left to choose
+            return list(trees)
         values = self.planner.promised(self.now, self.plan)
         for (group, places), tree in zip(self.parts, trees, strict=True):
             if self.known:
@@ -111,14 +122,14 @@ class Auto:
         if not self.known and self.plan.drafted:
             values = self.now.text.copy()
             for b in self.plan.drafted:
-                seen = own[self.now.sequences[b]].values[1:]
+                seen = own[self.sequences[b]].values[1:]
                 values[b, : len(seen)] = seen
             if self.plan.branches:
                 self.planner.saw_redrafts(self.plan, self.before, values, self.share)
             else:
                 self.planner.saw_drafts(self.now, self.plan, values)
-        came = sum(len(own[s].said) for s in self.now.sequences)
-        self.planner.learn(self.now, self.plan, came, seconds if len(own) == len(self.now.sequences) else None)
+        came = sum(len(own[s].said) for s in self.sequences)
+        self.planner.learn(self.plan, came, seconds if len(own) == len(self.sequences) else None)
 
     def _values(self, tree: PrefixTree) -> NDArray[np.float64]:
         """Of the nodes but the anchor, ``[b, reach - 1]``."""

@@ -54,7 +54,7 @@ class Drafting:
     @property
     def plan(self) -> tuple[Many[Sequence], Plan] | None:
         """The sequences that ``auto`` planned in the last cycle, if any, and how."""
-        return (self.auto.now.sequences, self.auto.plan) if self.auto and self.planned else None
+        return (self.auto.sequences, self.auto.plan) if self.auto and self.planned else None
 
     def followers(self, sequence: Sequence) -> list[Follower]:
         """The drafters that a sequence's mode can call."""

@@ -4,6 +4,8 @@ A cycle commits a token and, of the nodes that it verifies, as many as their val
 (``engines.Costs``). Time is worth λ tokens a second, the rate at which a batch of this size has been going, and what is chosen
 is what gains most: tokens - λ · seconds. It is chosen in steps, each when what it needs is known:
 
+0. look at anything? Where the texts say too little for any number of rows and drafts did not pay a few cycles ago, plain
+   decoding takes as long as it does without a planner;
 1. draft at all, and for which sequences? By what drafts have brought, beside what the text proposes now, which costs nothing;
 2. redraft, with how many branches? By what redrafts have brought, and where the first draft will probably be rejected;
 3. verify which nodes? All of the batch are one pool, the most valuable first. Cost is a staircase: every number is looked at.
@@ -27,7 +29,8 @@ Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of 
 NODES = 48  # of a tree, at most
 MARGIN = 0.08  # of a cycle's tokens: a step must promise more than that beyond what it costs
 BUDGET = 0.01  # share of the time that may be spent on finding out
-REST = 7  # cycles for which nothing is reckoned anew, where the text proposes nothing and drafts would not pay
+REST = 7  # cycles for which nothing is reckoned anew, where drafts would not pay
+LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -52,7 +55,9 @@ class Plan:
 
     Attributes:
         drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
-        nodes: rows that each verifies, the anchor's among them; set by the last step.
+        nodes: rows that each verifies, the anchor's among them; set by the last step, or at once where there is no other.
+        where: what time is worth follows from it: how many sequences, and how sure their texts are. alone: whether there is
+            nothing else in the target's pass.
         probing: whether it drafts or redrafts to find out.
         promised: tokens that its nodes' values sum to. expected: that it should commit. seconds: that it should take.
     """
@@ -60,6 +65,8 @@ class Plan:
     drafted: list[int]
     branches: int = 0
     nodes: list[int] = field(default_factory=list)
+    where: tuple[int, int] = (0, 0)
+    alone: bool = True
     probing: bool = False
     promised: float = 0.0
     expected: float = 0.0
@@ -79,7 +86,6 @@ class Situation:
         sequences: those in ``auto``. text: ``[b, N - 1]``, the values of what the text proposes for each.
         lags: ``[2, b]``, tokens that each drafter must catch up with.
         contexts: ``[b]``. others: rows of the target's pass that are not theirs. other_context: of those rows' sequences.
-        plain: seconds of a pass over their anchors alone, once it was asked for.
     """
 
     sequences: Many[Sequence]
@@ -88,7 +94,28 @@ class Situation:
     contexts: NDArray[np.int64]
     others: int = 0
     other_context: int = 0
-    plain: float = 0.0
+
+    @property
+    def context(self) -> int:
+        """Tokens in the caches of all."""
+        return int(self.contexts.sum()) + self.other_context
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What plain decoding takes for some time, and what more must bring.
+
+    Attributes:
+        until: the cycle. others: rows of the pass that are not the planned sequences'.
+        seconds: of a plain cycle. alone: of one without those rows.
+        least: tokens that the first 1, 2, … nodes must be worth together.
+    """
+
+    until: int
+    others: int
+    seconds: float
+    alone: float
+    least: list[float]
 
 
 class Planner:
@@ -115,21 +142,37 @@ class Planner:
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
-        self.rest = self.rested = 0  # cycles without a look at drafts, and of how many sequences
+        self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
+        self.cycles = 0
+        self.bars: dict[int, Bar] = {}  # by sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
         self.expected = self.came = 0.0
         self.off: deque[float] = deque(maxlen=4096)
 
+    def hopeless(self, sequences: int, context: int, others: int, worth: list[float]) -> bool:
+        """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, at most (``Text.worth``)."""
+        least, total = self._bar(sequences, context, others).least, 0.0
+        for value, asked in zip(sorted(worth, reverse=True), least, strict=False):
+            total += value
+            if total > asked:
+                return False
+        return True
+
+    def rests(self, sequences: int, context: int, others: int) -> Plan | None:
+        """Step 0, where it is hopeless: the plan, if there is no need to think of drafts."""
+        if not self._rests((sequences, 0)):
+            return None
+        seconds = self._bar(sequences, context, others).seconds
+        ones = [1] * sequences
+        return Plan([], nodes=ones, where=(sequences, 0), alone=not others, expected=float(sequences), seconds=seconds)
+
     def begin(self, now: Situation) -> Plan:
         """Step 1: which sequences to draft for."""
-        silent = not now.text.any()
-        if silent and self.rest and self.rested == len(now.sequences):
-            self.rest -= 1
-            return Plan([])
+        plan = Plan([], where=_where(now), alone=not now.others)
+        if self._rests(plan.where):
+            return plan
         plain = self._verify(now, now.text, 0.0)
-        if not self.drafts:
-            return Plan([])
         drafted = self._drafted(now)
         order = np.argsort(now.text.sum(1) - drafted.sum(1), kind="stable").tolist()
         best, chosen = plain.gain + MARGIN * len(order), 0
@@ -142,15 +185,15 @@ class Planner:
             if gain > best:
                 best, chosen = gain, size
             size = min(2 * size, len(order)) if size < len(order) else size + 1
+        price = self._drafting(now, order[:1], 0, at_once=True)
         if chosen:
             self.patience["draft"] = 1.0
-            return Plan(sorted(order[:chosen]))
-        price = self._drafting(now, order[:1], 0, at_once=True)
-        if self._probes("draft", price, self._drafting(now, order[:1], 0)):
-            return Plan(order[:1], probing=True)
-        if silent:
-            self.rest, self.rested = REST, len(order)
-        return Plan([])
+            plan.drafted = sorted(order[:chosen])
+        elif self._probes("draft", price, self._drafting(now, order[:1], 0)):
+            plan.drafted, plan.probing = order[:1], True
+        else:
+            self.rest[plan.where] = REST
+        return plan
 
     def redraft(self, now: Situation, plan: Plan, values: NDArray[np.float64], shares: NDArray[np.float64]) -> None:
         """Step 2: how many branches the second drafter fills.
@@ -181,7 +224,7 @@ class Planner:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
-            plan.seconds = float(self._pass(now, np.zeros(1, dtype=np.int64))[0]) * self.beside[len(values)]["plain"]
+            plan.seconds = self._bar(len(values), now.context, now.others).seconds
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
@@ -189,8 +232,9 @@ class Planner:
         plan.nodes, plan.expected, plan.seconds, plan.promised = best.nodes, best.expected, best.seconds, best.promised
         self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
 
-    def learn(self, now: Situation, plan: Plan, came: int, seconds: float | None) -> None:
+    def learn(self, plan: Plan, came: int, seconds: float | None) -> None:
         """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
+        self.cycles += 1
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -206,10 +250,10 @@ class Planner:
         self.expected += plan.expected
         self.came += came
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
-        if not now.others:
-            where, kept = _where(now), 1 - RATE_MEMORY
-            tokens, spent = self.rates.get(where, (0.0, 0.0))
-            self.rates[where] = (tokens * kept + came, spent * kept + plan.seconds)
+        if plan.alone:
+            tokens, spent = self.rates.get(plan.where, (0.0, 0.0))
+            kept = 1 - RATE_MEMORY
+            self.rates[plan.where] = (tokens * kept + came, spent * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -293,11 +337,6 @@ class Planner:
         nodes = 1 + np.bincount(order[:best] // max(size, 1), minlength=len(values))
         return _Verified(float(gain[best]), nodes.tolist(), float(promises[best]), float(expected[best]), float(seconds[best]))
 
-    def hopeless(self, now: Situation, worth: NDArray[np.float64]) -> bool:
-        """Whether no number of nodes pays. worth: ``[N]``, tokens that the first 1, 2, … nodes of all are worth, at most."""
-        seconds = self._taken(now, len(worth), 0.0, "text")
-        return bool((worth <= (seconds[1:] - seconds[0]) * self._rate(now)).all())
-
     def _taken(self, now: Situation, most: int, spent: float, kind: str) -> NDArray[np.float64]:
         """Seconds of a cycle that verifies 0, 1, … ``most`` nodes, ``[most + 1]``, when calls before it took ``spent``."""
         beside = self.beside[len(now.sequences)]
@@ -309,17 +348,38 @@ class Planner:
     def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
         size = len(now.sequences)
-        return self.costs.target(now.others + size + nodes, size, int(now.contexts.sum()) + now.other_context)
+        return self.costs.target(now.others + size + nodes, size, now.context)
 
     def _rate(self, now: Situation) -> float:
-        """λ, tokens a second, where texts say as much as now; those of plain decoding at least: so nothing is chosen that is
+        alone = self._bar(len(now.sequences), now.context, now.others).alone
+        return self._rate_at(_where(now), alone)
+
+    def _rate_at(self, where: tuple[int, int], plain: float) -> float:
+        """λ, tokens a second, where texts say as much as there; those of plain decoding at least: so nothing is chosen that is
         slower than that. (A token that is skipped is like those around it: where the text is silent, it would have gone
-        slowly.)"""
-        size = len(now.sequences)
-        now.plain = now.plain or float(self.costs.target(np.array([size]), size, int(now.contexts.sum()))[0])
-        plain = size / (now.plain * self.beside[size]["plain"])
-        tokens, seconds = self.rates.get(_where(now), (plain, 1.0))
-        return max(plain, tokens / seconds)
+        slowly.) plain: seconds of a plain cycle."""
+        tokens, seconds = self.rates.get(where, (0.0, 1.0))
+        return max(where[0] / plain, tokens / seconds)
+
+    def _bar(self, sequences: int, context: int, others: int) -> Bar:
+        """Reckoned anew every few cycles."""
+        bar = self.bars.get(sequences)
+        if bar is None or bar.until <= self.cycles or bar.others != others:
+            beside = self.beside[sequences]
+            seconds = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
+            plain = alone = float(seconds[0]) * beside["plain"]
+            if others:
+                alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
+            rate = self._rate_at((sequences, 0), alone)
+            least = (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
+            bar = self.bars[sequences] = Bar(self.cycles + REST, others, plain, alone, least.tolist())
+        return bar
+
+    def _rests(self, where: tuple[int, int]) -> bool:
+        """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""
+        left = self.rest.get(where, 0)
+        self.rest[where] = max(0, left - 1)
+        return left > 0 or not self.drafts
 
     def _probes(self, what: str, price: float, usual: float) -> bool:
         """Whether it is time to find out, at a price which is usually less; each time that it did not pay the next is further

@@ -4,7 +4,6 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from decoding.sequence import Sequence
 from decoding.sources import TEXT, Source
@@ -17,8 +16,30 @@ HEIGHT = 16  # tokens of a continuation
 
 # How often a continuation's next token was right, by the tokens matched before it, the continuation's own among them: seen on
 # answers of the demo's target to training prompts. Below: for a second continuation, by the tokens since it left the first.
-SEEN = np.array([20, 25, 54, 65, 70, 75, 79, 81, 83, 84, 85, 86, 87, 87, 88, 88, 89, 90, 91, 92, 98]) / 100
-SEEN_SECOND = np.array([16, 28, 35, 43, 48, 52, 56, 60, 62, 64, 66, *[70] * 10]) / 100
+SEEN = [
+    0.2,
+    0.25,
+    0.54,
+    0.65,
+    0.7,
+    0.75,
+    0.79,
+    0.81,
+    0.83,
+    0.84,
+    0.85,
+    0.86,
+    0.87,
+    0.87,
+    0.88,
+    0.88,
+    0.89,
+    0.9,
+    0.91,
+    0.92,
+    0.98,
+]
+SEEN_SECOND = [0.16, 0.28, 0.35, 0.43, 0.48, 0.52, 0.56, 0.6, 0.62, 0.64, 0.66, *[0.7] * 10]
 assert len(SEEN) == len(SEEN_SECOND) == LONGEST + 1
 WEIGHT = 50.0  # observations that these count for
 OWN_WEIGHT = 8.0  # observations of one text that those of all texts count for
@@ -48,22 +69,23 @@ class Continuation:
 
 @dataclass
 class Hits:
-    """How often continuations were right: of how many tokens, ``[2, LONGEST + 1]`` f64 (``Continuation.rate``)."""
+    """How often continuations were right: of how many tokens, ``[2][LONGEST + 1]`` (``Continuation.rate``)."""
 
-    right: np.ndarray = field(default_factory=lambda: np.zeros((2, LONGEST + 1)))
-    tried: np.ndarray = field(default_factory=lambda: np.zeros((2, LONGEST + 1)))
+    right: list[list[float]] = field(default_factory=lambda: [[0.0] * (LONGEST + 1) for _ in range(2)])
+    tried: list[list[float]] = field(default_factory=lambda: [[0.0] * (LONGEST + 1) for _ in range(2)])
 
     def learn(self, continuations: Many[Continuation], said: Many[int]) -> None:
         """Compare continuations with what the target said."""
         for continuation in continuations:
             for depth, (token, truth) in enumerate(zip(continuation.tokens, said, strict=False)):
                 if depth >= (continuation.left or 0):
-                    spot = continuation.rate(depth)
-                    if self.tried[spot] >= MEMORY:
-                        self.tried[spot] /= 2
-                        self.right[spot] /= 2
-                    self.tried[spot] += 1
-                    self.right[spot] += token == truth
+                    row, spot = continuation.rate(depth)
+                    right, tried = self.right[row], self.tried[row]
+                    if tried[spot] >= MEMORY:
+                        tried[spot] /= 2
+                        right[spot] /= 2
+                    tried[spot] += 1
+                    right[spot] += token == truth
                 if token != truth:
                     break
 
@@ -72,7 +94,8 @@ class Text:
     """The texts of all open sequences, and what their repetitions have been worth."""
 
     def __init__(self) -> None:
-        self.hits = Hits(WEIGHT * np.stack([SEEN, SEEN_SECOND]), np.full((2, LONGEST + 1), WEIGHT))
+        seen = [[WEIGHT * rate for rate in rates] for rates in (SEEN, SEEN_SECOND)]
+        self.hits = Hits(seen, [[WEIGHT] * len(rates) for rates in seen])
         self.open: dict[Sequence, tuple[TextIndex, Hits]] = {}
         self.proposed: dict[Sequence, list[Continuation]] = {}
 
@@ -92,18 +115,18 @@ class Text:
             self.proposed[sequence] = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt))
         return self.proposed[sequence]
 
-    def worth(self, sequences: Many[Sequence]) -> NDArray[np.float64]:
-        """How many tokens the first 1, 2, … ``HEIGHT`` nodes for each sequence are worth together, at most."""
-        curve = np.zeros(HEIGHT)
-        for sequence in sequences:
-            for continuation in self.look(sequence):
-                own, value, left = self.open[sequence][1], 1.0, continuation.left or 0
-                for depth in range(left, len(continuation.tokens)):
-                    value *= self._rate(own, continuation.rate(depth))
-                    if value < LEAST:
-                        break
-                    curve[depth - left] += value
-        return np.cumsum(curve)
+    def worth(self, sequence: Sequence) -> list[float]:
+        """What the nodes that the text proposes for a sequence are worth, the best of each continuation first; none that is
+        worth less than ``LEAST``."""
+        found = []
+        for continuation in self.look(sequence):
+            own, value = self.open[sequence][1], 1.0
+            for depth in range(continuation.left or 0, HEIGHT):
+                value *= self._rate(own, continuation.rate(depth))
+                if value < LEAST:
+                    break
+                found.append(value)
+        return found
 
     def propose(self, sequences: Many[Sequence]) -> Source:
         """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes."""
@@ -135,8 +158,9 @@ class Text:
             hits.learn(continuations, said)
 
     def _rate(self, own: Hits, spot: tuple[int, int]) -> float:
-        everywhere = self.hits.right[spot] / self.hits.tried[spot]
-        return float((own.right[spot] + OWN_WEIGHT * everywhere) / (own.tried[spot] + OWN_WEIGHT))
+        row, place = spot
+        everywhere = self.hits.right[row][place] / self.hits.tried[row][place]
+        return (own.right[row][place] + OWN_WEIGHT * everywhere) / (own.tried[row][place] + OWN_WEIGHT)
 
 
 class TextIndex:

@@ -78,9 +78,11 @@ class Table:
 
     def observe(self, rows: int, sequences: int, context: int, seconds: float) -> None:
         """A call was made. One that was held up by something else counts as twice what was expected, at most."""
-        expected = float(self(np.array([rows]), sequences, context)[0])
+        known = min(rows, LOOKED_UP)
+        more = context * self._each[known // max(sequences, 1)] + max(sequences - 1, 0) * self.sequence
+        expected = float(self._factor[known] * (self._base[known] + more)) * max(rows, LOOKED_UP) / LOOKED_UP
         ratio = min(max(seconds / max(expected, 1e-6), 0.5), 2.0)
-        self._correction *= 1 + self._near[min(rows, LOOKED_UP)] * (ratio - 1)
+        self._correction *= 1 + self._near[known] * (ratio - 1)
         self._observed += 1
         if self._observed % LEARNED == 0:
             self._correction = np.clip(self._correction, 0.2, 5.0)

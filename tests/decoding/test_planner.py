@@ -153,11 +153,11 @@ def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
     for took in [1.0] * 100 + [1.3] * 100:
         plan = own.begin(now)
         own.finish(now, plan, now.text)
-        own.learn(now, plan, 3, took * float(costs.target(np.array([sum(plan.nodes)]), 1, 50)[0]))
+        own.learn(plan, 3, took * float(costs.target(np.array([sum(plan.nodes)]), 1, 50)[0]))
         plans.append(plan)
     assert plans[0].kind == "text"
     for plan, took in ((plans[99], 1.0), (plans[199], 1.3)):
         assert plan.seconds == pytest.approx(took * float(costs.target(np.array([sum(plan.nodes)]), 1, 50)[0]), rel=0.02)
-    own.learn(now, plan, 3, 1e6)
+    own.learn(plan, 3, 1e6)
     assert own.beside[1]["text"] < 1.5, "one stall is no rule"
     assert own.beside[8]["text"] == planner.BESIDE["text"], "a batch of another size is another matter"

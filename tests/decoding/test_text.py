@@ -107,6 +107,6 @@ def test_what_the_target_never_said_is_not_judged():
     text = Text()
     sequence = Sequence([1, 2, 3, 4, 5, 1, 2], 50)
     text.propose([sequence])
-    before = text.hits.tried.copy()
+    before = np.array(text.hits.tried)
     text.learn(sequence, [3, 4])
-    assert (text.hits.tried - before).sum() == 2
+    assert (np.array(text.hits.tried) - before).sum() == 2
