@@ -1,8 +1,9 @@
 """``python -m benchmarks.speed build/``: how fast each mode decodes, and what others make of the same model, in one run.
 
-Every figure is a ratio to plain decoding in the same run: modes take turns, prompt by prompt and round by round, so that a slow
-moment of the machine hits all. Raw samples go to a JSONL file; what it holds already is not measured again. Decoding alone is
-timed, from the first token on, but where requests run together: there the whole of it, prompts and all.
+Every figure is a ratio to plain decoding of the same prompts at the same time: a mode and plain decoding take turns, a quarter
+of a second each, so that a slow moment of the machine hits both. Raw samples go to a JSONL file; what it holds already is not
+measured again. Decoding alone is timed, when all prompts are in. Beside peers whole answers are timed, and where eight requests
+run together their prompts too.
 """
 
 import argparse
@@ -34,9 +35,11 @@ from engines.engine import EngineError
 from export.prompts import chat_ids, first_of_each_task, read_prompts
 
 PLAIN: ModeName = "autoregressive"
-MODES: tuple[ModeName, ...] = (PLAIN, "lookup", "dflash", "ddtree", "d2sd", "auto")
+MODES: tuple[ModeName, ...] = ("lookup", "dflash", "ddtree", "d2sd", "auto")
 PROMPTS = Path(__file__).resolve().parent.parent / "training" / "prompts" / "eval.jsonl"
 PEERS = Path(__file__).with_name("peers")
+SLICE = 0.25  # seconds of a turn
+PIECE = 128  # tokens of a prompt that are taken in at once
 PACKAGES = {
     "llamacpp": ["xllamacpp"],
     "genai": ["openvino-genai"],
@@ -80,30 +83,52 @@ class Ours:
             costs=self.costs,
         )
 
-    def run(self, case: Case, mode: ModeName, seed: int) -> dict[str, float]:
-        """Answer a case's prompts; returns tokens, target passes, and seconds."""
+    def race(self, case: Case, modes: Many[ModeName], seed: int) -> list[dict[str, float]]:
+        """Answer a case's prompts in each mode, the modes in turn. Returns of each: tokens, target passes, and seconds."""
+        self.decoder.reset()
+        running = [self._sequences(case, mode, seed) for mode in modes]
+        for sequence in (s for own in running for s in own):
+            self.decoder.open(sequence)
+            while missing := sequence.position - sequence.computed:
+                self.decoder.cycle([], [(sequence, min(missing, PIECE))])
+        made = [{"tokens": 0.0, "passes": 0.0, "seconds": 0.0} for _ in modes]
+        while any(running):
+            for own, counted in zip(running, made, strict=True):
+                began = now = time.perf_counter()
+                while own and now < began + SLICE:
+                    said = self.decoder.cycle(own)
+                    for sequence in [s for s in own if s.finish]:
+                        own.remove(sequence)
+                        self.decoder.close(sequence)
+                    counted["tokens"] += sum(map(len, said))
+                    counted["passes"] += 1
+                    now = time.perf_counter()
+                counted["seconds"] += now - began
+        return made
+
+    def serve(self, case: Case, mode: ModeName, seed: int) -> dict[str, float]:
+        """Answer a case's prompts as a service would; returns tokens and seconds, from the first token on if there is one
+        prompt."""
         self.decoder.reset()  # or whoever comes second would find the prompts computed
         scheduler = Scheduler(self.decoder, len(case.prompts), self.costs)
-        sampling = [Sampling(case.temperature, seed=seed + i) for i in range(len(case.prompts))]
-        sequences = [Sequence(list(p), case.tokens, s, mode=mode) for p, s in zip(case.prompts, sampling, strict=True)]
+        sequences = self._sequences(case, mode, seed)
         began = time.perf_counter()
         for sequence in sequences:
             scheduler.add(sequence)
+        while case.alone and not sequences[0].answer:
+            scheduler.step()
         if case.alone:
-            while not sequences[0].answer:
-                scheduler.step()
-        first, before = time.perf_counter(), sum(len(s.answer) for s in sequences)
+            began = time.perf_counter()
+        before = sum(len(s.answer) for s in sequences)
         while any(not s.finish for s in sequences):
             scheduler.step()
         done = time.perf_counter()
         scheduler.step()  # the finished leave
-        tokens = sum(len(s.answer) for s in sequences)
-        return {
-            "tokens": tokens - (before if case.alone else 0),
-            "passes": sum(s.cycles for s in sequences),
-            "seconds": done - (first if case.alone else began),
-            "first": first - began,
-        }
+        return {"tokens": sum(len(s.answer) for s in sequences) - before, "seconds": done - began}
+
+    def _sequences(self, case: Case, mode: ModeName, seed: int) -> list[Sequence]:
+        sampling = [Sampling(case.temperature, seed=seed + i) for i in range(len(case.prompts))]
+        return [Sequence(list(p), case.tokens, s, mode=mode) for p, s in zip(case.prompts, sampling, strict=True)]
 
 
 class Peer:
@@ -183,10 +208,11 @@ def measure(ours: Ours, chosen: Many[Case], modes: Many[ModeName], rounds: int, 
                 for mode in order:
                     if (turn, number, mode) in known:
                         continue
-                    made = ours.run(case, mode, seed=1000 * number)
-                    sample = {"round": turn, "case": number, "group": case.group, "name": case.name, "mode": mode} | made
-                    samples.append(sample)
-                    lines.write(json.dumps(sample) + "\n")
+                    pair = [mode, PLAIN] if (turn + number) % 2 else [PLAIN, mode]
+                    made = dict(zip(pair, ours.race(case, pair, seed=1000 * number), strict=True))
+                    sample = {"round": turn, "case": number, "group": case.group, "name": case.name, "mode": mode}
+                    samples.append(sample | made[mode] | {"plain": made[PLAIN]})
+                    lines.write(json.dumps(samples[-1]) + "\n")
                     lines.flush()
                 if sys.stderr.isatty() or number % 8 == 7:
                     took = time.monotonic() - began
@@ -196,17 +222,16 @@ def measure(ours: Ours, chosen: Many[Case], modes: Many[ModeName], rounds: int, 
 
 def ratios(samples: Many[dict[str, Any]], group: str) -> dict[str, dict[str, list[float]]]:
     """Speed over plain decoding: of each row and mode, a figure a round (tokens of all its cases by their seconds)."""
-    sums: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sums: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0] * 4)
     for sample in samples:
         if sample["group"] == group:
+            plain = sample["plain"]
+            own = sample["tokens"], sample["seconds"], plain["tokens"], plain["seconds"]
             entry = sums[sample["name"], sample["mode"], sample["round"]]
-            entry[0] += sample["tokens"]
-            entry[1] += sample["seconds"]
+            entry[:] = [a + b for a, b in zip(entry, own, strict=True)]
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (name, mode, turn), (tokens, seconds) in sums.items():
-        plain = sums.get((name, PLAIN, turn))
-        if plain:
-            found[name][mode].append(tokens / seconds / (plain[0] / plain[1]))
+    for (name, mode, _), (tokens, seconds, plain_tokens, plain_seconds) in sums.items():
+        found[name][mode].append(tokens / seconds / (plain_tokens / plain_seconds))
     return found
 
 
@@ -236,7 +261,7 @@ def beside(ours: Ours, peers: Many[Peer], tokenizer: PreTrainedTokenizerFast, ch
             column = "1 stream, decoding" if case.alone else "8 streams, with prompts"
             own: tuple[ModeName, ...] = (PLAIN, "auto")
             for mode in own:
-                made = ours.run(case, mode, seed=turn)
+                made = ours.serve(case, mode, seed=turn)
                 rates[f"ours, {mode}"][column].append(made["tokens"] / made["seconds"])
             texts = [str(tokenizer.decode(list(prompt))) for prompt in case.prompts]
             for peer in peers:
@@ -278,16 +303,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=2, help="prompts of each task (default: 2)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: 3)")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="plain decoding is always there")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="each beside plain decoding")
     parser.add_argument("--groups", nargs="+", default=["task", "temperature", "concurrency", "context"], metavar="TABLE")
     parser.add_argument("--peers", nargs="*", choices=list(PACKAGES), default=[], help="set these beside it")
     parser.add_argument("--gguf", type=Path, help="the file that peers read (default: the demo's)")
     parser.add_argument("--samples", type=Path, help="JSONL file of raw samples (default: BUILD/speed.jsonl)")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write speed.md and speed.png")
     args = parser.parse_args(arguments)
-    modes: list[Any] = [PLAIN, *(mode for mode in args.modes if mode != PLAIN)]
+    modes: list[Any] = [mode for mode in args.modes if mode != PLAIN]
     if args.quick:
-        modes, args.limit, args.tokens, args.rounds = [PLAIN, "auto"], 1, 32, 1
+        modes, args.limit, args.tokens, args.rounds = ["auto"], 1, 32, 1
     try:
         directory = BuildDirectory.open(args.build)
         ours = Ours(directory)

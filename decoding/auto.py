@@ -64,7 +64,7 @@ class Auto:
         if silent:
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
-            proposed = self.text.propose(own)
+            proposed = self.text.propose(own, self.planner.least(len(own), context, others) / 2)
             texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)

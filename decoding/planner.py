@@ -28,6 +28,7 @@ Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of 
 
 NODES = 48  # of a tree, at most
 MARGIN = 0.08  # of a cycle's tokens: a step must promise more than that beyond what it costs
+RISK = 0.15  # that seconds beyond a plain cycle's count for more: estimates err, and the best of many errs upwards
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 7  # cycles for which nothing is reckoned anew, where drafts would not pay
 LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
@@ -158,6 +159,10 @@ class Planner:
             if total > asked:
                 return False
         return True
+
+    def least(self, sequences: int, context: int, others: int) -> float:
+        """Tokens that a node must be worth to be among the most valuable that pay, about."""
+        return min(asked / count for count, asked in enumerate(self._bar(sequences, context, others).least, 1))
 
     def rests(self, sequences: int, context: int, others: int) -> Plan | None:
         """Step 0, where it is hopeless: the plan, if there is no need to think of drafts."""
@@ -330,7 +335,8 @@ class Planner:
         promises = np.concatenate([[0.0], np.cumsum(pool[order])])
         expected = len(values) + promises * min(1.0, kept / promised)
         seconds = self._taken(now, len(order), spent, drafting if spent else "text")
-        gain = expected - self._rate(now) * seconds
+        plain = self._bar(len(now.sequences), now.context, now.others).seconds
+        gain = expected - self._rate(now) * (seconds + RISK * np.maximum(seconds - plain, 0.0))
         best = int(gain.argmax())
         if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
             best = 0
@@ -371,7 +377,7 @@ class Planner:
             if others:
                 alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
             rate = self._rate_at((sequences, 0), alone)
-            least = (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
+            least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
             bar = self.bars[sequences] = Bar(self.cycles + REST, others, plain, alone, least.tolist())
         return bar
 

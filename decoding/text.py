@@ -128,14 +128,20 @@ class Text:
                 found.append(value)
         return found
 
-    def propose(self, sequences: Many[Sequence]) -> Source:
-        """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes."""
+    def propose(self, sequences: Many[Sequence], least: float = 0.0) -> Source:
+        """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes.
+
+        Args:
+            least: where no node is worth as much, nothing is proposed.
+        """
         states = 2 + CONTINUATIONS * HEIGHT  # the anchor, the end, and a node for each token
         shape = (len(sequences), states, CONTINUATIONS)
         tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)
         probabilities = np.zeros(shape, dtype=np.float32)
         for b, sequence in enumerate(sequences):
             node, continuations = 2, self.look(sequence)
+            if least and max(self.worth(sequence), default=0.0) < least:
+                continue
             own = self.open[sequence][1]
             for option, continuation in enumerate(continuations):
                 state = 0

@@ -127,6 +127,7 @@ class BuildDirectory:
             "form": costs.FORM,
             "machine": costs.machine(),
             "runtime": target.runtime,
+            "steps": costs.steps(target),
             "engines": {name: recorded["key"] for name, recorded in graphs.items()},
         }
         file = self.path / "costs.json"
@@ -138,7 +139,7 @@ class BuildDirectory:
             known = costs.measure(*about, say)
             costs.save(file, identity, known)
         else:
-            costs.meet(*about)
+            costs.meet(*about, say)
         return known
 
     def check_machine(self) -> None:

@@ -30,7 +30,7 @@ TOGETHER = 4  # sequences of the call that says what a further one takes
 REACH = 0.06  # weight of a call in the correction
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
-FORM = 2  # of the file
+FORM = 3  # of the file
 
 
 @dataclass
@@ -144,6 +144,12 @@ def save(file: Path, identity: dict[str, Any], costs: Costs) -> None:
         print(f"costs are not kept: {error}", file=sys.stderr)
 
 
+def steps(target: Any) -> list[int]:
+    """Numbers of rows up to which a target's smaller calls are filled; none where it takes any number."""
+    fit = getattr(target, "fit", None)
+    return sorted({fit(n) for n in range(1, 65)}) if fit else []
+
+
 def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Callable[[str], None] = print) -> Costs:
     """Time the engines.
 
@@ -152,10 +158,10 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
         width: F, of the features. most: tokens that a sequence may hold.
     """
     began = time.monotonic()
+    _prepare(target, say)
     long = min(LONG, most - max(SIZES) - 1)
     tables = {"target": _table(_TargetCalls(target, most), long)}
-    if fit := getattr(target, "fit", None):
-        tables["target"].steps = sorted({fit(n) for n in range(1, 65)})
+    tables["target"].steps = steps(target)
     say(f"costs: the target is measured, {time.monotonic() - began:.0f} s")
     for name, drafter in zip(("first", "second"), drafters, strict=False):
         tables[name] = _table(_DrafterCalls(drafter, width, most), long)
@@ -163,14 +169,23 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
     return Costs(tables)
 
 
-def meet(target: Any, drafters: Sequence[Any], width: int, most: int) -> None:
+def meet(target: Any, drafters: Sequence[Any], width: int, most: int, say: Callable[[str], None] = print) -> None:
     """Make the calls that every answer will make, so that the first answer does not wait for what happens only once."""
+    _prepare(target, say)
     every: list[Any] = [_TargetCalls(target, most), *(_DrafterCalls(drafter, width, most) for drafter in drafters)]
     for calls in every:
         one = calls.open(1)
-        for n in (size for size in SIZES if size <= 16):
+        fit = getattr(calls.engine, "fit", lambda n: n)
+        for n in sorted({fit(size) for size in SIZES if size <= 32}):
             calls.call([one], n)
         calls.engine.reset()
+
+
+def _prepare(target: Any, say: Callable[[str], None]) -> None:
+    if prepare := getattr(target, "prepare", None):
+        began = time.monotonic()
+        prepare()
+        say(f"engines: compiled for the usual numbers of rows, {time.monotonic() - began:.0f} s")
 
 
 class _TargetCalls:

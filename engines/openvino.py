@@ -5,6 +5,7 @@ attention, which GenAI serves with. That operator's interface may change between
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ Precision = str
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
-SIZES = (1, 8, 4, 12)  # rows of calls that get a form of their own, the most useful first
+SIZES = (1, 8, 4, 16, 12, 2, 24, 32)  # rows of calls that get a form of their own, the most useful first
 FORMS = 1 / 8  # of the memory that is free, for their weights
 STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met
 
@@ -120,6 +121,11 @@ class OpenVinoGraph:
                 request.set_tensor(name, tensor)
             self._requests[rows] = request
         return self._requests[rows]
+
+    def prepare(self) -> None:
+        """Compile all forms, as many at a time as there are cores: one alone would take one of them."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+            list(workers.map(self._request, self.sizes))
 
     def fit(self, rows: int) -> int:
         if self.sizes and rows <= self.sizes[-1]:

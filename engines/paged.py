@@ -122,6 +122,9 @@ class Graph(Protocol):
     runtime: str
     cache: NDArray  # [2·layers, blocks, Hkv, BLOCK, D], K and V of layer 0, of layer 1, …
 
+    def prepare(self) -> None:
+        """Do at once what calls would else do when they are first made."""
+
     def fit(self, rows: int) -> int:
         """How many rows a call of so many had better have; more of them come at the end, and mean nothing."""
 
@@ -234,7 +237,7 @@ class PagedTarget(Paged):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        self.fit = graph.fit
+        self.fit, self.prepare = graph.fit, graph.prepare
         self.rows = np.zeros((graph.cache.shape[1], BLOCK, graph.info.feature_width), np.float32)
 
     def forward(

@@ -17,12 +17,13 @@ compute without unfolding it. A minimum is a second, small product: of the sums 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map, quants
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFReader, ReaderTensor, get_tensor_name_map, quants
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,10 +63,16 @@ class Blocks:
         return Blocks(self.codes[order], self.scales[order], None if self.minima is None else self.minima[order], self.bits)
 
 
+@lru_cache(maxsize=1)
+def _tensors(path: Path, _changed: int) -> list[ReaderTensor]:
+    """A file's tensors, read in place. Its vocabulary is read with them, which takes seconds."""
+    return GGUFReader(path).tensors
+
+
 def read_gguf(path: Path) -> dict[str, Blocks]:
     """The quantised matrices of a GGUF file, by its names, as far as their type is one of the table's."""
     found = {}
-    for tensor in GGUFReader(path).tensors:
+    for tensor in _tensors(path, path.stat().st_mtime_ns):
         unfold = READERS.get(tensor.tensor_type)
         if unfold and len(tensor.shape) == 2:
             columns, rows = (int(n) for n in tensor.shape)
@@ -78,7 +85,7 @@ def quantised_types(path: Path | None) -> dict[str, int | None]:
     if path is None:
         return {}
     plain = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
-    types = {t.tensor_type for t in GGUFReader(path).tensors if len(t.shape) == 2} - plain
+    types = {t.tensor_type for t in _tensors(path, path.stat().st_mtime_ns) if len(t.shape) == 2} - plain
     return {kind.name: (8 if kind in WIDE else 4) if kind in READERS else None for kind in types}
 
 

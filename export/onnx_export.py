@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -96,9 +99,11 @@ def _export(
             output_names=[*outputs, *(f"new_{name}" for name in cached)],
             opset_version=OPSET,
             dynamo=True,
+            optimize=False,
             verbose=False,
         )
     assert program is not None
+    _simplify(program.model)
     program.save(path, external_data=True)
     model = onnx.load(path, load_external_data=False)
     named = axes | {f"past_{name}": "B C" for name in cached} | {f"new_{name}": f"B {new_axis}" for name in cached}
@@ -112,6 +117,26 @@ def _export(
     onnx.save(model, path)
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         _pack(path)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, and leave out what is there twice or for nothing.
+
+    The exporter's own ``optimize`` rewrites by patterns besides, some of which it seeks with a square of the nodes: two minutes
+    for a target of 30 layers, for six nodes of 2,400.
+    """
+    optimizer.fold_constants(model)
+    steps = [
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ]
+    ir.passes.Sequential(*steps)(model)
 
 
 def _pack(path: Path) -> None:

@@ -18,6 +18,9 @@ class Echo:
         self.info = GraphInfo(layers=2, kv_heads=1, head_dim=2, feature_width=2, vocabulary=5)
         self.cache = np.zeros((4, blocks, 1, BLOCK, 2), np.float32)
 
+    def prepare(self):
+        pass
+
     def fit(self, rows):
         return -(-rows // 3) * 3
 
