@@ -37,7 +37,13 @@ def built(file: Path, **engine: object) -> Path:
     """Its build for a backend, OpenVINO if nothing else is said, by other options of ``engine``, too."""
     options = load(file)
     options = options.model_copy(update={"engine": options.engine.model_copy(update=engine)})
-    return once(file.parent / options.engine.backend, lambda folder: build(options, folder))
+
+    def make(folder: Path) -> None:
+        if options.engine.backend == "onnxruntime":  # whose graphs are OpenVINO's
+            shutil.copytree(built(file), folder)
+        build(options, folder)
+
+    return once(file.parent / options.engine.backend, make)
 
 
 def copied(factory: pytest.TempPathFactory) -> Path:

@@ -66,7 +66,7 @@ def test_catching_up_is_in_the_price():
 
 def test_rows_of_others_move_the_staircase():
     costs = ToyCosts(base=1.0, step=1.0, width=8)
-    text = [[0.125] * 7]
+    text = [[0.15] * 7]
     assert planned(costs, situation(text), drafts=False).nodes == [8]
     assert planned(costs, situation(text, others=7), drafts=False).nodes == [8]
     assert planned(costs, situation(text, others=4), drafts=False).nodes == [4]

@@ -1,5 +1,6 @@
 """Token ids → the target's answer as text: loads the engines, reads requests and hands them to the serving loop."""
 
+import gc
 import json
 import math
 import os
@@ -54,6 +55,7 @@ class TritonPythonModel:
         self.text = text.Vocabulary(Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json")))
         self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])
         self._warm_up()
+        gc.freeze()  # what is there for good need not be gone through while somebody waits
         log = pb_utils.Logger
         self.metrics = Metrics(pb_utils)
         self.watch = Watch(self.metrics, self.scheduler)
