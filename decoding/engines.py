@@ -131,11 +131,14 @@ class DrafterEngine(Sequences, Protocol):
 
 
 class Costs(Protocol):
-    """What a call takes on this machine, in seconds.
+    """What a call takes on this machine at its usual pace, in seconds.
 
+    ``pace``: how many times as long calls take at the moment.
     ``rows``: int64 array, tokens of the call over all its sequences (a drafter's: of blocks, and features taken in).
     ``context``: tokens in the caches of its sequences, together.
     """
+
+    pace: float
 
     def target(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
 

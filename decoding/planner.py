@@ -60,7 +60,8 @@ class Plan:
         where: what time is worth follows from it: how many sequences, and how sure their texts are. alone: whether there is
             nothing else in the target's pass.
         probing: whether it drafts or redrafts to find out.
-        promised: tokens that its nodes' values sum to. expected: that it should commit. seconds: that it should take.
+        promised: tokens that its nodes' values sum to. expected: that it should commit.
+        seconds: that it should take at the machine's usual pace. pace: how many times as long it takes at the moment.
     """
 
     drafted: list[int]
@@ -72,6 +73,7 @@ class Plan:
     promised: float = 0.0
     expected: float = 0.0
     seconds: float = 0.0
+    pace: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -169,8 +171,9 @@ class Planner:
         if not self._rests((sequences, 0)):
             return None
         seconds = self._bar(sequences, context, others).seconds
-        ones = [1] * sequences
-        return Plan([], nodes=ones, where=(sequences, 0), alone=not others, expected=float(sequences), seconds=seconds)
+        plan = Plan([], nodes=[1] * sequences, where=(sequences, 0), alone=not others)
+        plan.expected, plan.seconds, plan.pace = float(sequences), seconds, self.costs.pace
+        return plan
 
     def begin(self, now: Situation) -> Plan:
         """Step 1: which sequences to draft for."""
@@ -227,6 +230,7 @@ class Planner:
 
     def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Step 3: how many nodes each sequence verifies. values: ``[b, N - 1]``, of the nodes that there are."""
+        plan.pace = self.costs.pace
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
             plan.seconds = self._bar(len(values), now.context, now.others).seconds
@@ -247,7 +251,7 @@ class Planner:
             fading = 1 - KEPT_MEMORY
             self.kept[trusted] = kept * fading + came - len(plan.nodes), promised * fading + plan.promised
         if seconds is not None and plan.seconds:
-            self.off.append(seconds / plan.seconds)
+            self.off.append(seconds / (plan.pace * plan.seconds))
             ratio = min(max(self.off[-1], 0.5), 2.0)
             beside = self.beside[len(plan.nodes)]
             learned = beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))

@@ -112,7 +112,7 @@ def _choice(sequence: Sequence, came: dict[Sequence, int], members: Many[Sequenc
         rows=plan.nodes[own],
         sequences=len(members),
         expected=plan.expected,
-        seconds=plan.seconds,
+        seconds=plan.seconds * plan.pace,
         came=sum(came[member] for member in members),
     )
 

@@ -27,7 +27,8 @@ Seconds = NDArray[np.float64]
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
 TOGETHER = 4  # sequences of the call that says what a further one takes
-REACH = 0.06  # weight of a call in the correction
+PACE = 0.06  # weight of a call in what is known of how slow the machine is at the moment, which all calls share
+REACH = 0.02  # and in the correction of its own size
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
 FORM = 3  # of the file
@@ -76,13 +77,15 @@ class Table:
         seconds: Seconds = self._factor[known] * (self._base[known] + context * each + max(sequences - 1, 0) * self.sequence)
         return seconds * (np.maximum(rows, LOOKED_UP) / LOOKED_UP)
 
-    def observe(self, rows: int, sequences: int, context: int, seconds: float) -> None:
-        """A call was made. One that was held up by something else counts as twice what was expected, at most."""
+    def one(self, rows: int, sequences: int, context: int) -> float:
+        """Seconds of a call."""
         known = min(rows, LOOKED_UP)
         more = context * self._each[known // max(sequences, 1)] + max(sequences - 1, 0) * self.sequence
-        expected = float(self._factor[known] * (self._base[known] + more)) * max(rows, LOOKED_UP) / LOOKED_UP
-        ratio = min(max(seconds / max(expected, 1e-6), 0.5), 2.0)
-        self._correction *= 1 + self._near[known] * (ratio - 1)
+        return float(self._factor[known] * (self._base[known] + more)) * max(rows, LOOKED_UP) / LOOKED_UP
+
+    def correct(self, rows: int, ratio: float) -> None:
+        """A call took so many times as long as was expected."""
+        self._correction *= 1 + self._near[min(rows, LOOKED_UP)] * (ratio - 1)
         self._observed += 1
         if self._observed % LEARNED == 0:
             self._correction = np.clip(self._correction, 0.2, 5.0)
@@ -93,7 +96,7 @@ class Costs:
     """Contract: ``decoding/engines.py``. ``tables``: of ``target`` and, where there are drafters, ``first`` and ``second``."""
 
     def __init__(self, tables: dict[str, Table]) -> None:
-        self.tables = tables
+        self.tables, self.pace = tables, 1.0
 
     def target(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
         return self.tables["target"](rows, sequences, context)
@@ -105,7 +108,11 @@ class Costs:
         return self.tables["second"](rows, sequences, context)
 
     def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
-        self.tables[engine].observe(rows, sequences, context, seconds)
+        table = self.tables[engine]
+        # One that was held up by something else counts as twice what was expected, at most.
+        ratio = min(max(seconds / max(self.pace * table.one(rows, sequences, context), 1e-6), 0.5), 2.0)
+        self.pace = min(max(self.pace * (1 + PACE * (ratio - 1)), 0.2), 5.0)
+        table.correct(rows, ratio)
 
 
 def machine() -> str:

@@ -187,6 +187,7 @@ class ToyCosts:
         self.base, self.step, self.width, self.share = base, step, width, {"target": 1.0, "first": first, "second": second}
         self.noise, self.rng = noise, np.random.default_rng(seed)
         self.observed: list[tuple] = []
+        self.pace = 1.0
 
     def _seconds(self, engine, rows, sequences, context):
         assert rows.dtype == np.int64

@@ -28,15 +28,37 @@ def test_context_and_sequences_count():
     assert float(table()(np.array([8]), 8, 1000)[0]) == pytest.approx(0.03 + 1000 * 1e-6 + 7 * 0.001)
 
 
+def says(found, rows):
+    return float(found.target(np.array([rows]), 1, 0)[0])
+
+
+def test_a_call_is_reckoned_as_many_are():
+    own = table(steps=[2, 8])
+    for rows in (1, 3, 8, 600):
+        assert own.one(rows, 1, 50) == pytest.approx(float(own(np.array([rows]), 1, 50)[0]))
+
+
 def test_calls_correct_it_where_they_are():
-    learned = table()
+    learned = Costs({"target": table()})
     for _ in range(300):
-        learned.observe(8, 1, 0, 0.06)
-    now = learned(np.array([1, 8]), 1, 0)
-    assert now[1] == pytest.approx(0.06, rel=0.05)
-    assert now[0] == pytest.approx(0.01, rel=0.05)
-    learned.observe(8, 1, 0, 1e9)
-    assert float(learned(np.array([8]), 1, 0)[0]) < 0.07, "one call that was held up is not believed"
+        learned.observe("target", 8, 1, 0, 0.06)
+        learned.observe("target", 1, 1, 0, 0.01)
+    assert learned.pace * says(learned, 8) == pytest.approx(0.06, rel=0.05)
+    assert learned.pace * says(learned, 1) == pytest.approx(0.01, rel=0.05)
+    assert says(learned, 8) / says(learned, 1) == pytest.approx(6, rel=0.05)
+    learned.observe("target", 8, 1, 0, 1e9)
+    assert learned.pace * says(learned, 8) < 0.07, "one call that was held up is not believed"
+
+
+def test_a_slow_moment_is_one_for_calls_of_all_sizes_and_engines():
+    learned = Costs({"target": table(), "first": table()})
+    for _ in range(50):
+        learned.observe("target", 1, 1, 0, 0.02)
+    first = float(learned.first(np.array([8]), 1, 0)[0])
+    assert learned.pace * says(learned, 1) == pytest.approx(0.02, rel=0.05)
+    assert learned.pace * says(learned, 8) > 0.045
+    assert learned.pace * first > 0.045
+    assert first == pytest.approx(0.03), "its own table is left alone"
 
 
 def test_a_file_is_believed_whole_and_of_this_machine_alone(tmp_path):
