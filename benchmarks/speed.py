@@ -7,6 +7,7 @@ run together their prompts too.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -74,6 +75,7 @@ class Ours:
         engines = directory.load()
         self.costs = directory.costs(*engines)
         options = directory.manifest["decoding"]
+        gc.freeze()  # as the service does
         self.decoder = Decoder(
             *engines,
             mode="auto",

@@ -1,5 +1,6 @@
 """The sequences in ``auto`` on their way through a cycle: the planner's steps, each when what it needs is there."""
 
+import time
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -49,7 +50,12 @@ class Auto:
         self.known = is_numpy_namespace(array_namespace(anchors))
         context = sum(s.computed for s in own) + other_context
         proposed = None
-        worth = [value for s in own for value in self.text.worth(s)]
+        least = self.planner.least(len(own), context, others) / 2
+        worth: list[float] = []
+        if self.planner.looks(len(own)):
+            began = time.perf_counter()
+            worth = [value for s in own for value in self.text.worth(s, least)]
+            self.planner.looked(len(own), context, others, time.perf_counter() - began)
         silent = self.planner.hopeless(len(own), context, others, worth)
         if silent and (plan := self.planner.rests(len(own), context, others)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
@@ -64,7 +70,7 @@ class Auto:
         if silent:
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
-            proposed = self.text.propose(own, self.planner.least(len(own), context, others) / 2)
+            proposed = self.text.propose(own, least)
             texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)

@@ -41,7 +41,11 @@ def grow(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) 
 
 def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
     corrected = factors.T.tolist()
-    grown = [_Queue(sources, b, corrected).take(int(anchor), nodes) for b, anchor in enumerate(anchors)]
+    proposes = np.any([source.probabilities[:, 0].any(-1) for source in sources], axis=0).tolist()
+    grown = [
+        _Queue(sources, b, corrected).take(anchor, nodes) if proposes[b] else [(anchor, -1, 0, 1.0, 0)]
+        for b, anchor in enumerate(anchors.tolist())
+    ]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
     tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))

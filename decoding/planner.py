@@ -32,6 +32,8 @@ RISK = 0.15  # that seconds beyond a plain cycle's count for more: estimates err
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 15  # cycles for which nothing is reckoned anew, where drafts would not pay
 LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
+LOOKING = 0.01  # share of the time that texts may be looked up for where it was in vain
+VAIN, SELDOM = 32, 4  # how often it must have been; then it is done every so many cycles
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -147,11 +149,23 @@ class Planner:
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
+        self.looking: dict[int, tuple[float, int]] = {}  # by sequences: share of a cycle that it takes, and times in vain
         self.bars: dict[int, Bar] = {}  # by sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
         self.expected = self.came = 0.0
         self.off: deque[float] = deque(maxlen=4096)
+
+    def looks(self, sequences: int) -> bool:
+        """Step 0: whether to look the texts up."""
+        share, vain = self.looking.get(sequences, (0.0, 0))
+        return share < LOOKING or vain < VAIN or self.cycles % SELDOM == 0
+
+    def looked(self, sequences: int, context: int, others: int, seconds: float) -> None:
+        """Looking the texts up took so long."""
+        share, vain = self.looking.get(sequences, (0.0, 0))
+        now = seconds / (self.costs.pace * self._bar(sequences, context, others).seconds)
+        self.looking[sequences] = share + MEMORY * (min(now, 1.0) - share), vain + 1
 
     def hopeless(self, sequences: int, context: int, others: int, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, at most (``Text.worth``)."""
@@ -244,6 +258,9 @@ class Planner:
     def learn(self, plan: Plan, came: int, seconds: float | None) -> None:
         """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
         self.cycles += 1
+        size = len(plan.nodes)
+        if plan.kind == "text" and size in self.looking:
+            self.looking[size] = self.looking[size][0], 0
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -381,7 +398,9 @@ class Planner:
             if others:
                 alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
             rate = self._rate_at((sequences, 0), alone)
+            kept, promised = self.kept["text"]
             least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
+            least *= max(1.0, promised / max(kept, 1e-6))
             bar = self.bars[sequences] = Bar(self.cycles + REST, others, plain, alone, least.tolist())
         return bar
 

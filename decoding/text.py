@@ -107,19 +107,25 @@ class Text:
         self.open.clear()
         self.proposed.clear()
 
-    def look(self, sequence: Sequence) -> list[Continuation]:
-        """What followed earlier matches of a sequence's last tokens."""
+    def look(self, sequence: Sequence, least: float = 0.0) -> list[Continuation]:
+        """What followed earlier matches of a sequence's last tokens. Once a cycle: who looks again sees the same.
+
+        Args:
+            least: matches of so few tokens that they are right less often are not looked up.
+        """
         if sequence not in self.open:
             self.open[sequence] = (TextIndex(sequence.tokens), Hits())
         if sequence not in self.proposed:
-            self.proposed[sequence] = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt))
+            right, tried = self.hits.right[0], self.hits.tried[0]
+            sizes = [size for size in SIZES if right[size] >= least * tried[size]]
+            self.proposed[sequence] = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
         return self.proposed[sequence]
 
-    def worth(self, sequence: Sequence) -> list[float]:
+    def worth(self, sequence: Sequence, least: float = 0.0) -> list[float]:
         """What the nodes that the text proposes for a sequence are worth, the best of each continuation first; none that is
-        worth less than ``LEAST``."""
+        worth less than ``LEAST``. least: as in ``look``."""
         found = []
-        for continuation in self.look(sequence):
+        for continuation in self.look(sequence, least):
             own, value = self.open[sequence][1], 1.0
             for depth in range(continuation.left or 0, HEIGHT):
                 value *= self._rate(own, continuation.rate(depth))
@@ -139,7 +145,7 @@ class Text:
         tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)
         probabilities = np.zeros(shape, dtype=np.float32)
         for b, sequence in enumerate(sequences):
-            node, continuations = 2, self.look(sequence)
+            node, continuations = 2, self.look(sequence, least)
             if least and max(self.worth(sequence), default=0.0) < least:
                 continue
             own = self.open[sequence][1]
@@ -178,16 +184,17 @@ class TextIndex:
         self.indexed = 1
         self.ends: dict[tuple[int, ...], list[int]] = {}
 
-    def lookup(self, said: int) -> list[Continuation]:
+    def lookup(self, said: int, sizes: Many[int] = SIZES) -> list[Continuation]:
         """What followed the longest earlier matches of the last tokens, longest and then latest first.
 
         Args:
             said: how many tokens at the end are the target's. What a prompt repeats of itself tells little of the answer.
+            sizes: of the n-grams that are looked up, falling.
         """
         self._extend()
         tokens, count = self.tokens, len(self.tokens)
         found: list[Continuation] = []
-        for size in SIZES:
+        for size in sizes:
             matches = []
             for end in reversed(self.ends.get(tuple(tokens[-size:]), ())):
                 match = size

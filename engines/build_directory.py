@@ -110,7 +110,7 @@ class BuildDirectory:
         blocks = pool_blocks(limits["kv_memory"], sum(map(block_bytes, infos)), one * limits["sequences"], one)
 
         def make(folder: Path, info: GraphInfo, _: dict[str, Any]) -> Any:
-            graph = OpenVinoGraph(folder, info, precision, blocks)
+            graph = OpenVinoGraph(folder, info, precision, blocks + 1)
             return PagedTarget(graph) if info.mask_id < 0 else PagedDrafter(graph)
 
         return make

@@ -63,7 +63,7 @@ class Table:
         self._base = np.interp(self._filled, self._sizes, self.seconds)
         beyond = np.maximum(self._filled - self.rows[-1], 0)
         self._base += beyond * (self.seconds[-1] / self.rows[-1])
-        self._each = np.interp(rows, self.widths, self.context)
+        self._widths, self._context = np.array(self.widths, float), np.array(self.context)
         # Sizes a third larger or smaller learn with one.
         distance = np.abs(np.log((self._sizes + 1) / (self._filled[:, None] + 1)))
         self._near = REACH * np.exp(-((distance / 0.3) ** 2))
@@ -73,14 +73,15 @@ class Table:
     def __call__(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
         """Seconds of calls of ``rows`` each (int64 array); calls larger than any measured are reckoned by their last step."""
         known = np.minimum(rows, LOOKED_UP)
-        each = self._each[known // max(sequences, 1)]
+        each = np.interp(known / max(sequences, 1), self._widths, self._context)
         seconds: Seconds = self._factor[known] * (self._base[known] + context * each + max(sequences - 1, 0) * self.sequence)
         return seconds * (np.maximum(rows, LOOKED_UP) / LOOKED_UP)
 
     def one(self, rows: int, sequences: int, context: int) -> float:
         """Seconds of a call."""
         known = min(rows, LOOKED_UP)
-        more = context * self._each[known // max(sequences, 1)] + max(sequences - 1, 0) * self.sequence
+        each = np.interp(known / max(sequences, 1), self._widths, self._context)
+        more = context * each + max(sequences - 1, 0) * self.sequence
         return float(self._factor[known] * (self._base[known] + more)) * max(rows, LOOKED_UP) / LOOKED_UP
 
     def correct(self, rows: int, ratio: float) -> None:

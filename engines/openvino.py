@@ -62,7 +62,7 @@ class OpenVinoGraph:
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
-        blocks: of the pool.
+        blocks: of the pool, and one more.
 
     Attributes:
         sizes: numbers of rows that have a form of their own: as many as memory is left for.

@@ -17,6 +17,7 @@ from engines import sampling
 from engines.engine import Bools, EngineError, Features, Floats, GraphInfo, Ints
 
 BLOCK = 32  # rows; what OpenVINO's operator takes
+ALONE = np.ones((1, 1), bool)
 SCRATCH = 8  # blocks of a sequence beyond its tokens, for rows that a call makes and nobody keeps
 
 Key = tuple[int, tuple[int, ...]]  # the number of the block before, or 0, and the tokens of this one
@@ -120,7 +121,7 @@ class Graph(Protocol):
 
     info: GraphInfo
     runtime: str
-    cache: NDArray  # [2·layers, blocks, Hkv, BLOCK, D], K and V of layer 0, of layer 1, …
+    cache: NDArray  # [2·layers, blocks, Hkv, BLOCK, D], K and V of layer 0, of layer 1, …; the last block is no sequence's
 
     def prepare(self) -> None:
         """Do at once what calls would else do when they are first made."""
@@ -166,7 +167,8 @@ class Paged:
         self.pool.release(self.held.pop(sequence).table)
 
     def reset(self) -> None:
-        self.pool = BlockPool(self.graph.cache.shape[1])
+        self.spare = self.graph.cache.shape[1] - 1
+        self.pool = BlockPool(self.spare)
         self.held: dict[int, Held] = {}
 
     def send(self, array: NDArray) -> NDArray:
@@ -175,18 +177,21 @@ class Paged:
     def read(self, array: NDArray) -> NDArray:
         return array
 
-    def layout(self, held: Sequence[Held], rows: Sequence[int], masks: Sequence[Bools]) -> dict[str, NDArray]:
+    def layout(self, held: Sequence[Held], rows: Sequence[int], masks: Sequence[Bools], more: int) -> dict[str, NDArray]:
         """Where the rows of a call belong.
 
         Args:
             rows: of each sequence. masks: ``[n, n]`` each, which of its own rows a row sees; none sees a later one.
+            more: rows behind them that fill the call up: each a sequence of its own, without a past, in a block that is
+                nobody's. (Where every sequence has one row, the operator is quicker.)
         """
         for one, count in zip(held, rows, strict=True):
             missing = _blocks(one.length + count) - len(one.table)
             if missing > 0:
                 one.table += self.pool.take(missing)
         tables = [one.table[: _blocks(one.length + count)] for one, count in zip(held, rows, strict=True)]
-        lengths = np.array([one.length for one in held], np.int32)
+        lengths = np.array([*(one.length for one in held), *[0] * more], np.int32)
+        rows, masks, tables = [*rows, *[1] * more], [*masks, *[ALONE] * more], [*tables, *[[self.spare]] * more]
         return {
             "past_lens": lengths,
             "subsequence_begins": _begins(rows),
@@ -254,7 +259,7 @@ class PagedTarget(Paged):
         total, speaking = int(starts[-1]), int(starts[len(counts) - silent])
         more = self.graph.fit(total) - total
         masks = [own[:n, :n] for own, n in zip(mask, counts, strict=True)]
-        inputs = self.layout(held, [*counts[:-1], counts[-1] + more], [*masks[:-1], _wider(masks[-1], more)])
+        inputs = self.layout(held, counts, masks, more)
         inputs["token_ids"] = _row([row[:n] for row, n in zip(token_ids, counts, strict=True)], more)
         inputs["positions"] = _row([row[:n] for row, n in zip(positions, counts, strict=True)], more)
         inputs["asked"] = np.arange(max(speaking, 1) if silent else total + more)
@@ -321,7 +326,7 @@ class PagedDrafter(Paged):
             begin += m + 2 * n
         counts = [m + 2 * n for m in new]
         masks = [_twice(m, own) for m, own in zip(new, mask, strict=True)]
-        inputs = self.layout(held, [*counts[:-1], counts[-1] + more], [*masks[:-1], _wider(masks[-1], more)])
+        inputs = self.layout(held, counts, masks, more)
         inputs |= {"features": rows, "block_ids": blocks, "positions": at[None]}
         inputs |= {"key_rows": _row(key, more)[0], "query_rows": _row(query, more)[0]}
         inputs["out_rows"] = np.concatenate(out) if n else np.zeros(1, np.int64)
@@ -342,15 +347,6 @@ def _twice(features: int, mask: Bools) -> Bools:
     sees[features + n :, features : features + n] = mask
     sees[features + n :, features + n :] = False
     return sees
-
-
-def _wider(mask: Bools, more: int) -> Bools:
-    """With more rows that see themselves alone, and that nothing else sees."""
-    if not more:
-        return mask
-    wider = np.eye(len(mask) + more, dtype=bool)
-    wider[: len(mask), : len(mask)] = mask
-    return wider
 
 
 def _row(parts: Sequence[NDArray[np.int64]], more: int) -> NDArray[np.int64]:

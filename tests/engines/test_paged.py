@@ -16,7 +16,7 @@ class Echo:
 
     def __init__(self, blocks):
         self.info = GraphInfo(layers=2, kv_heads=1, head_dim=2, feature_width=2, vocabulary=5)
-        self.cache = np.zeros((4, blocks, 1, BLOCK, 2), np.float32)
+        self.cache = np.zeros((4, blocks + 1, 1, BLOCK, 2), np.float32)
 
     def prepare(self):
         pass
