@@ -141,7 +141,7 @@ def _plot(figures: dict[str, Any], file: Path) -> bool:
                 rows = [row for row in figures[name]["rows"] if row["mode"] == mode]
                 axis.plot([r["streams"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=mode)
             axis.set(xlabel="streams", ylabel="tokens/s", ylim=(0, None))
-            axis.legend()
+            axis.legend(loc="lower right")
         else:
             axis.plot(figures[name]["memory_mib"])
             axis.set(xlabel="seconds", ylabel="memory, MiB", ylim=(0, None))
