@@ -145,6 +145,43 @@ def test_probabilities_are_corrected_by_what_comes():
     assert calibration.factors.min() >= np.exp(-1.51)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_hopeless_would_not_have_been_verified(seed):
+    """The first glance at texts turns nothing away that the planner would have chosen."""
+    rng = np.random.default_rng(seed)
+    costs = ToyCosts(base=rng.uniform(0.1, 2), step=rng.uniform(0.01, 1), width=int(rng.integers(1, 9)))
+    text = -np.sort(-rng.uniform(0, rng.uniform(0.1, 1), (int(rng.integers(1, 5)), 20)), axis=1)
+    now, own = situation(text), Planner(costs, 8, 4, drafts=False)
+    hopeless = own.hopeless(len(text), now.context, 0, text.reshape(-1).tolist())
+    plan = own.begin(now)
+    own.finish(now, plan, now.text)
+    assert not hopeless or plan.kind == "plain"
+    if hopeless:
+        at_once = own.rests(len(text), now.context, 0)
+        assert (at_once.nodes, at_once.where[0], at_once.kind) == (plan.nodes, plan.where[0], "plain")
+        assert at_once.seconds == pytest.approx(plan.seconds)
+
+
+def test_texts_are_looked_up_seldom_where_that_takes_long_in_vain():
+    costs = ToyCosts(base=1.0, step=0.1, width=4)
+    own, looked = Planner(costs, 8, 4, drafts=False), []
+    for took in [0.5] * 200 + [1e-6] * 2000:
+        looked.append(own.looks(1))
+        if looked[-1]:
+            own.looked(1, 50, 0, took)
+        own.learn(own.rests(1, 50, 0), 1, None)
+    assert all(looked[: planner.VAIN])
+    assert sum(looked[100:200]) == 100 // planner.SELDOM
+    assert all(looked[-100:])
+    own.looking[1] = (0.5, 100)
+    now = situation([[0.9, 0.8, 0.7]])
+    plan = own.begin(now)
+    own.finish(now, plan, now.text)
+    own.learn(plan, 3, None)
+    assert plan.kind == "text"
+    assert all(own.looks(1) for _ in range(3)), "it was not in vain"
+
+
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
     monkeypatch.undo()
     costs = ToyCosts(base=1.0, step=0.1, width=4)

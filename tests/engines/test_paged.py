@@ -95,6 +95,20 @@ def test_a_cache_holds_what_was_kept(data):
     assert target.pool.available == target.pool.blocks
 
 
+def test_rows_that_fill_a_call_up_attend_to_nothing():
+    target, seen = PagedTarget(Echo(100)), []
+    run_graph = target.graph.run
+    target.graph.run = lambda inputs: seen.append(inputs) or run_graph(inputs)
+    first, second = target.open([1] * 70, 120), target.open([2] * 70, 120)
+    run(target, [(first, [1] * 60, range(60))])
+    run(target, [(second, [2] * 2, range(2)), (first, [1] * 2, range(2))])
+    assert seen[0]["past_lens"].tolist() == [0]
+    assert seen[1]["past_lens"].tolist() == [0, 60, 0, 0]
+    assert seen[1]["subsequence_begins"].tolist() == [0, 2, 4, 5, 6]
+    assert seen[1]["block_indices"][-2:].tolist() == [target.spare] * 2
+    assert target.spare not in target.held[first].table + target.held[second].table + target.pool.free
+
+
 def test_a_beginning_that_was_computed_is_shared():
     target = PagedTarget(Echo(100))
     prompt = list(range(5)) * 20  # 100 tokens: three whole blocks
