@@ -14,7 +14,8 @@ from decoding.engines import Array, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
 from decoding.modes import MODES
-from decoding.planner import Planner, Situation
+from decoding.plan import Situation
+from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
 from decoding.text import Text
@@ -48,16 +49,15 @@ class Auto:
         """
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
-        context = sum(s.computed for s in own) + other_context
-        proposed = None
-        least = self.planner.least(len(own), context, others) / 2
+        bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
+        proposed, least = None, bar.node / 2
         worth: list[float] = []
-        if self.planner.looks(len(own)):
+        if self.planner.looks(bar):
             began = time.perf_counter()
             worth = [value for s in own for value in self.text.worth(s, least)]
-            self.planner.looked(len(own), context, others, time.perf_counter() - began)
-        silent = self.planner.hopeless(len(own), context, others, worth)
-        if silent and (plan := self.planner.rests(len(own), context, others)):
+            self.planner.looked(bar, time.perf_counter() - began)
+        silent = self.planner.hopeless(bar, worth)
+        if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
             self.plan, self.parts = plan, [(group, list(range(len(own))))]
             return [group]

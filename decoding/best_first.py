@@ -43,7 +43,7 @@ def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int, factors: Ar
     corrected = factors.T.tolist()
     proposes = np.any([source.probabilities[:, 0].any(-1) for source in sources], axis=0).tolist()
     grown = [
-        _Queue(sources, b, corrected).take(anchor, nodes) if proposes[b] else [(anchor, -1, 0, 1.0, 0)]
+        _Queue(sources, b, corrected).take(anchor, nodes) if proposes[b] else [_root(anchor)]
         for b, anchor in enumerate(anchors.tolist())
     ]
     counts = [len(nodes) for nodes in grown]
@@ -75,7 +75,7 @@ class _Queue:
 
     def take(self, anchor: int, nodes: int) -> list[tuple[int, int, int, float, int]]:
         """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
-        taken = [(anchor, -1, 0, 1.0, 0)]
+        taken = [_root(anchor)]
         start = (0,) * len(self.sources)
         heap = [(-p, 0, 0, start) for p, _, _ in self.options(start, 1)[:1]]  # value, node, number of its option, states
         while heap and heap[0][0] < 0 and len(taken) < nodes:
@@ -116,6 +116,10 @@ class _Queue:
             corrected = [(p * factor[by] / (1 - p + p * factor[by]), token, by) for p, token, by in joined]
             self.known[states] = sorted(corrected, key=_likelihood)
         return self.known[states]
+
+
+def _root(anchor: int) -> tuple[int, int, int, float, int]:
+    return anchor, -1, 0, 1.0, 0
 
 
 class _Row:

@@ -15,7 +15,8 @@ from decoding.engines import Array, Costs, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
-from decoding.planner import Plan, Planner
+from decoding.plan import Plan
+from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
 from decoding.sources import FIRST, SECOND, Source

@@ -15,13 +15,14 @@ On a device values are known only when the cycle is over; there the same steps g
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from decoding.engines import Costs
+from decoding.plan import Bar, Plan, Situation
 from decoding.sequence import Sequence
 
 Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of a tree, most valuable first
@@ -50,77 +51,6 @@ BESIDE = {"plain": 1.03, "text": 1.1, "draft": 1.1, "redraft": 1.1}
 BESIDE_MEMORY = 1 / 16
 BESIDE_LEAST, BESIDE_MOST = 0.9, 1.5
 PRIOR_REDRAFT = 0.15  # what a redraft adds to the sum of all values, before any was seen
-
-
-@dataclass
-class Plan:
-    """What a cycle does for the sequences in ``auto``.
-
-    Attributes:
-        drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
-        nodes: rows that each verifies, the anchor's among them; set by the last step, or at once where there is no other.
-        where: what time is worth follows from it: how many sequences, and how sure their texts are. alone: whether there is
-            nothing else in the target's pass.
-        probing: whether it drafts or redrafts to find out.
-        promised: tokens that its nodes' values sum to. expected: that it should commit.
-        seconds: that it should take at the machine's usual pace. pace: how many times as long it takes at the moment.
-    """
-
-    drafted: list[int]
-    branches: int = 0
-    nodes: list[int] = field(default_factory=list)
-    where: tuple[int, int] = (0, 0)
-    alone: bool = True
-    probing: bool = False
-    promised: float = 0.0
-    expected: float = 0.0
-    seconds: float = 0.0
-    pace: float = 1.0
-
-    @property
-    def kind(self) -> str:
-        """What is done: redraft, draft, verify what the text repeats, or decode plainly."""
-        return "redraft" if self.branches else "draft" if self.drafted else "text" if max(self.nodes) > 1 else "plain"
-
-
-@dataclass
-class Situation:
-    """What a plan depends on.
-
-    Attributes:
-        sequences: those in ``auto``. text: ``[b, N - 1]``, the values of what the text proposes for each.
-        lags: ``[2, b]``, tokens that each drafter must catch up with.
-        contexts: ``[b]``. others: rows of the target's pass that are not theirs. other_context: of those rows' sequences.
-    """
-
-    sequences: Many[Sequence]
-    text: NDArray[np.float64]
-    lags: NDArray[np.int64]
-    contexts: NDArray[np.int64]
-    others: int = 0
-    other_context: int = 0
-
-    @property
-    def context(self) -> int:
-        """Tokens in the caches of all."""
-        return int(self.contexts.sum()) + self.other_context
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What plain decoding takes for some time, and what more must bring.
-
-    Attributes:
-        until: the cycle. others: rows of the pass that are not the planned sequences'.
-        seconds: of a plain cycle. alone: of one without those rows.
-        least: tokens that the first 1, 2, … nodes must be worth together.
-    """
-
-    until: int
-    others: int
-    seconds: float
-    alone: float
-    least: list[float]
 
 
 class Planner:
@@ -156,37 +86,54 @@ class Planner:
         self.expected = self.came = 0.0
         self.off: deque[float] = deque(maxlen=4096)
 
-    def looks(self, sequences: int) -> bool:
+    def bar(self, sequences: int, context: int, others: int) -> Bar:
+        """What step 0 goes by; reckoned anew every few cycles.
+
+        Args:
+            context: tokens in the caches of all. others: as in ``Situation``.
+        """
+        bar = self.bars.get(sequences)
+        if bar is None or bar.until <= self.cycles or bar.others != others:
+            beside = self.beside[sequences]
+            seconds = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
+            plain = alone = float(seconds[0]) * beside["plain"]
+            if others:
+                alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
+            rate = self._rate_at((sequences, 0), alone)
+            kept, promised = self.kept["text"]
+            least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
+            least *= max(1.0, promised / max(kept, 1e-6))
+            node = float((least / np.arange(1, LOOK + 1)).min())
+            bar = self.bars[sequences] = Bar(self.cycles + REST, sequences, others, plain, alone, least.tolist(), node)
+        return bar
+
+    def looks(self, bar: Bar) -> bool:
         """Step 0: whether to look the texts up."""
-        share, vain = self.looking.get(sequences, (0.0, 0))
+        share, vain = self.looking.get(bar.sequences, (0.0, 0))
         return share < LOOKING or vain < VAIN or self.cycles % SELDOM == 0
 
-    def looked(self, sequences: int, context: int, others: int, seconds: float) -> None:
+    def looked(self, bar: Bar, seconds: float) -> None:
         """Looking the texts up took so long."""
-        share, vain = self.looking.get(sequences, (0.0, 0))
-        now = seconds / (self.costs.pace * self._bar(sequences, context, others).seconds)
-        self.looking[sequences] = share + MEMORY * (min(now, 1.0) - share), vain + 1
+        share, vain = self.looking.get(bar.sequences, (0.0, 0))
+        now = seconds / (self.costs.pace * bar.seconds)
+        self.looking[bar.sequences] = share + MEMORY * (min(now, 1.0) - share), vain + 1
 
-    def hopeless(self, sequences: int, context: int, others: int, worth: list[float]) -> bool:
+    def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, at most (``Text.worth``)."""
-        least, total = self._bar(sequences, context, others).least, 0.0
-        for value, asked in zip(sorted(worth, reverse=True), least, strict=False):
+        total = 0.0
+        for value, asked in zip(sorted(worth, reverse=True), bar.least, strict=False):
             total += value
             if total > asked:
                 return False
         return True
 
-    def least(self, sequences: int, context: int, others: int) -> float:
-        """Tokens that a node must be worth to be among the most valuable that pay, about."""
-        return min(asked / count for count, asked in enumerate(self._bar(sequences, context, others).least, 1))
-
-    def rests(self, sequences: int, context: int, others: int) -> Plan | None:
+    def rests(self, bar: Bar) -> Plan | None:
         """Step 0, where it is hopeless: the plan, if there is no need to think of drafts."""
-        if not self._rests((sequences, 0)):
+        where = bar.sequences, 0
+        if not self._rests(where):
             return None
-        seconds = self._bar(sequences, context, others).seconds
-        plan = Plan([], nodes=[1] * sequences, where=(sequences, 0), alone=not others)
-        plan.expected, plan.seconds, plan.pace = float(sequences), seconds, self.costs.pace
+        plan = Plan([], nodes=[1] * bar.sequences, where=where, alone=not bar.others)
+        plan.expected, plan.seconds, plan.pace = float(bar.sequences), bar.seconds, self.costs.pace
         return plan
 
     def begin(self, now: Situation) -> Plan:
@@ -207,11 +154,10 @@ class Planner:
             if gain > best:
                 best, chosen = gain, size
             size = min(2 * size, len(order)) if size < len(order) else size + 1
-        price = self._drafting(now, order[:1], 0, at_once=True)
         if chosen:
             self.patience["draft"] = 1.0
             plan.drafted = sorted(order[:chosen])
-        elif self._probes("draft", price, self._drafting(now, order[:1], 0)):
+        elif self._probes("draft", *(self._drafting(now, order[:1], 0, at_once=at_once) for at_once in (True, False))):
             plan.drafted, plan.probing = order[:1], True
         else:
             self.rest[plan.where] = REST
@@ -247,7 +193,7 @@ class Planner:
         plan.pace = self.costs.pace
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
-            plan.seconds = self._bar(len(values), now.context, now.others).seconds
+            plan.seconds = self._bar(now).seconds
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
@@ -356,7 +302,7 @@ class Planner:
         promises = np.concatenate([[0.0], np.cumsum(pool[order])])
         expected = len(values) + promises * min(1.0, kept / promised)
         seconds = self._taken(now, len(order), spent, drafting if spent else "text")
-        plain = self._bar(len(now.sequences), now.context, now.others).seconds
+        plain = self._bar(now).seconds
         gain = expected - self._rate(now) * (seconds + RISK * np.maximum(seconds - plain, 0.0))
         best = int(gain.argmax())
         if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
@@ -378,7 +324,7 @@ class Planner:
         return self.costs.target(now.others + size + nodes, size, now.context)
 
     def _rate(self, now: Situation) -> float:
-        alone = self._bar(len(now.sequences), now.context, now.others).alone
+        alone = self._bar(now).alone
         return self._rate_at(_where(now), alone)
 
     def _rate_at(self, where: tuple[int, int], plain: float) -> float:
@@ -388,21 +334,8 @@ class Planner:
         tokens, seconds = self.rates.get(where, (0.0, 1.0))
         return max(where[0] / plain, tokens / seconds)
 
-    def _bar(self, sequences: int, context: int, others: int) -> Bar:
-        """Reckoned anew every few cycles."""
-        bar = self.bars.get(sequences)
-        if bar is None or bar.until <= self.cycles or bar.others != others:
-            beside = self.beside[sequences]
-            seconds = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
-            plain = alone = float(seconds[0]) * beside["plain"]
-            if others:
-                alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
-            rate = self._rate_at((sequences, 0), alone)
-            kept, promised = self.kept["text"]
-            least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
-            least *= max(1.0, promised / max(kept, 1e-6))
-            bar = self.bars[sequences] = Bar(self.cycles + REST, others, plain, alone, least.tolist())
-        return bar
+    def _bar(self, now: Situation) -> Bar:
+        return self.bar(len(now.sequences), now.context, now.others)
 
     def _rests(self, where: tuple[int, int]) -> bool:
         """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""

@@ -146,9 +146,9 @@ class Text:
         probabilities = np.zeros(shape, dtype=np.float32)
         for b, sequence in enumerate(sequences):
             node, continuations = 2, self.look(sequence, least)
-            if least and max(self.worth(sequence), default=0.0) < least:
-                continue
             own = self.open[sequence][1]
+            if not any(self._rate(own, each.rate(each.left or 0)) >= least for each in continuations):
+                continue
             for option, continuation in enumerate(continuations):
                 state = 0
                 for depth, token in enumerate(continuation.tokens):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from decoding.acceptance import Walk
 from decoding.clock import Clock, Stage
-from decoding.planner import Plan
+from decoding.plan import Plan
 from decoding.sequence import Sequence
 from decoding.sources import FIRST, SECOND
 

@@ -71,18 +71,14 @@ class Table:
         self._observed = 0
 
     def __call__(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
-        """Seconds of calls of ``rows`` each (int64 array); calls larger than any measured are reckoned by their last step."""
+        """Seconds of calls of ``rows`` each, an int64 array of any shape.
+
+        Calls larger than any measured are reckoned by their last step.
+        """
         known = np.minimum(rows, LOOKED_UP)
         each = np.interp(known / max(sequences, 1), self._widths, self._context)
         seconds: Seconds = self._factor[known] * (self._base[known] + context * each + max(sequences - 1, 0) * self.sequence)
         return seconds * (np.maximum(rows, LOOKED_UP) / LOOKED_UP)
-
-    def one(self, rows: int, sequences: int, context: int) -> float:
-        """Seconds of a call."""
-        known = min(rows, LOOKED_UP)
-        each = np.interp(known / max(sequences, 1), self._widths, self._context)
-        more = context * each + max(sequences - 1, 0) * self.sequence
-        return float(self._factor[known] * (self._base[known] + more)) * max(rows, LOOKED_UP) / LOOKED_UP
 
     def correct(self, rows: int, ratio: float) -> None:
         """A call took so many times as long as was expected."""
@@ -111,7 +107,7 @@ class Costs:
     def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
         table = self.tables[engine]
         # One that was held up by something else counts as twice what was expected, at most.
-        ratio = min(max(seconds / max(self.pace * table.one(rows, sequences, context), 1e-6), 0.5), 2.0)
+        ratio = min(max(seconds / max(self.pace * float(table(np.asarray(rows), sequences, context)), 1e-6), 0.5), 2.0)
         self.pace = min(max(self.pace * (1 + PACE * (ratio - 1)), 0.2), 5.0)
         table.correct(rows, ratio)
 
@@ -152,6 +148,12 @@ def save(file: Path, identity: dict[str, Any], costs: Costs) -> None:
         print(f"costs are not kept: {error}", file=sys.stderr)
 
 
+def _fit(engine: Any) -> Callable[[int], int]:
+    """How many rows a call of so many is filled up to."""
+    fit: Callable[[int], int] = getattr(engine, "fit", lambda rows: rows)
+    return fit
+
+
 def steps(target: Any) -> list[int]:
     """Numbers of rows up to which a target's smaller calls are filled; none where it takes any number."""
     fit = getattr(target, "fit", None)
@@ -183,7 +185,7 @@ def meet(target: Any, drafters: Sequence[Any], width: int, most: int, say: Calla
     every: list[Any] = [_TargetCalls(target, most), *(_DrafterCalls(drafter, width, most) for drafter in drafters)]
     for calls in every:
         one = calls.open(1)
-        fit = getattr(calls.engine, "fit", lambda n: n)
+        fit = _fit(calls.engine)
         for n in sorted({fit(size) for size in SIZES if size <= 32}):
             calls.call([one], n)
         calls.engine.reset()
@@ -274,7 +276,7 @@ def _table(calls: Any, long: int) -> Table:
         return max(0.0, gaps[2])
 
     calls.engine.reset()
-    fit = getattr(calls.engine, "fit", lambda n: n)
+    fit = _fit(calls.engine)
     # A size that is filled up to another one takes what that takes.
     sizes = sorted({n for n in map(fit, SIZES) if n + long < calls.most})
     one = calls.open(1)

@@ -17,7 +17,7 @@ from engines import sampling
 from engines.engine import Bools, EngineError, Features, Floats, GraphInfo, Ints
 
 BLOCK = 32  # rows; what OpenVINO's operator takes
-ALONE = np.ones((1, 1), bool)
+ALONE = np.ones((1, 1), bool)  # the mask of a sequence of one row
 SCRATCH = 8  # blocks of a sequence beyond its tokens, for rows that a call makes and nobody keeps
 
 Key = tuple[int, tuple[int, ...]]  # the number of the block before, or 0, and the tokens of this one

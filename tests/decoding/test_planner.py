@@ -6,7 +6,8 @@ import pytest
 from decoding import planner
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
-from decoding.planner import BUDGET, Planner, Situation
+from decoding.plan import Situation
+from decoding.planner import BUDGET, Planner
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from tests.decoding.test_lossless import decoder, run
@@ -152,12 +153,13 @@ def test_what_is_hopeless_would_not_have_been_verified(seed):
     costs = ToyCosts(base=rng.uniform(0.1, 2), step=rng.uniform(0.01, 1), width=int(rng.integers(1, 9)))
     text = -np.sort(-rng.uniform(0, rng.uniform(0.1, 1), (int(rng.integers(1, 5)), 20)), axis=1)
     now, own = situation(text), Planner(costs, 8, 4, drafts=False)
-    hopeless = own.hopeless(len(text), now.context, 0, text.reshape(-1).tolist())
+    bar = own.bar(len(text), now.context, 0)
+    hopeless = own.hopeless(bar, text.reshape(-1).tolist())
     plan = own.begin(now)
     own.finish(now, plan, now.text)
     assert not hopeless or plan.kind == "plain"
     if hopeless:
-        at_once = own.rests(len(text), now.context, 0)
+        at_once = own.rests(bar)
         assert (at_once.nodes, at_once.where[0], at_once.kind) == (plan.nodes, plan.where[0], "plain")
         assert at_once.seconds == pytest.approx(plan.seconds)
 
@@ -166,10 +168,11 @@ def test_texts_are_looked_up_seldom_where_that_takes_long_in_vain():
     costs = ToyCosts(base=1.0, step=0.1, width=4)
     own, looked = Planner(costs, 8, 4, drafts=False), []
     for took in [0.5] * 200 + [1e-6] * 2000:
-        looked.append(own.looks(1))
+        bar = own.bar(1, 50, 0)
+        looked.append(own.looks(bar))
         if looked[-1]:
-            own.looked(1, 50, 0, took)
-        own.learn(own.rests(1, 50, 0), 1, None)
+            own.looked(bar, took)
+        own.learn(own.rests(bar), 1, None)
     assert all(looked[: planner.VAIN])
     assert sum(looked[100:200]) == 100 // planner.SELDOM
     assert all(looked[-100:])
@@ -179,7 +182,7 @@ def test_texts_are_looked_up_seldom_where_that_takes_long_in_vain():
     own.finish(now, plan, now.text)
     own.learn(plan, 3, None)
     assert plan.kind == "text"
-    assert all(own.looks(1) for _ in range(3)), "it was not in vain"
+    assert all(own.looks(bar) for _ in range(3)), "it was not in vain"
 
 
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):

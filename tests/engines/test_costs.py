@@ -35,7 +35,7 @@ def says(found, rows):
 def test_a_call_is_reckoned_as_many_are():
     own = table(steps=[2, 8])
     for rows in (1, 3, 8, 600):
-        assert own.one(rows, 1, 50) == pytest.approx(float(own(np.array([rows]), 1, 50)[0]))
+        assert float(own(np.asarray(rows), 1, 50)) == pytest.approx(float(own(np.array([rows]), 1, 50)[0]))
 
 
 def test_calls_correct_it_where_they_are():
