@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import block_matmul
+from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
 from engines.memory import free_memory
 from engines.paged import BLOCK
@@ -42,16 +44,7 @@ def require() -> Any:
 def choose(precision: str) -> Precision:
     """What ``auto`` means here: bf16 where the CPU multiplies it in tiles (AMX), else f32."""
     # Without tiles OpenVINO's bf16 is slower than its f32 from 16 rows on (docs/engines.md).
-    return precision if precision != "auto" else "bf16" if _has("amx_bf16") else "f32"
-
-
-def _has(*features: str) -> bool:
-    """Whether the CPU has one of these."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    except OSError:
-        return False
-    return any(feature in flags for feature in features)
+    return precision if precision != "auto" else "bf16" if has("amx_bf16") else "f32"
 
 
 class OpenVinoGraph:
@@ -62,7 +55,7 @@ class OpenVinoGraph:
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
-        blocks: of the pool, and one more.
+        blocks: of the pool, and one more. operator: the library of ``plugins/block_matmul``; None: OpenVINO's own products.
 
     Attributes:
         sizes: numbers of rows that have a form of their own: as many as memory is left for.
@@ -71,14 +64,14 @@ class OpenVinoGraph:
         EngineError: the file is broken, or of another version of OpenVINO.
     """
 
-    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int) -> None:
+    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int, operator: Path | None = None) -> None:
         ov = require()
         self.info = info
-        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}"
+        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}" + (", BlockMatMul" if operator else "")
         self._ov, self._core = ov, ov.Core()
         self._core.add_extension(_as_paged_attention(ov, info))
-        other = folder / "zero-points-paged.onnx"
-        path = other if other.exists() and not _has("avx512_vnni", "avx_vnni") else folder / "paged.onnx"
+        self._core.add_extension(block_matmul.extension(ov, operator))
+        path = folder / "paged.onnx"
         self._options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,

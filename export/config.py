@@ -15,7 +15,7 @@ from decoding.modes import ModeName, Redraft, Selection
 CompiledBackend = Literal["tensorrt", "tensorrt_rtx"]
 Backend = Literal["openvino", "onnxruntime", CompiledBackend]
 Weights = Literal["auto", "f32", "int8", "int4"]
-DrafterWeights = Literal["f32", "int8", "int4"]
+DrafterWeights = Literal["auto", "f32", "int8", "int4"]
 ALONE: tuple[ModeName, ...] = ("auto", "lookup", "autoregressive")  # what can be decoded without drafters
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -70,7 +70,9 @@ class EngineSection(Section):
         description="of the target; auto: as they lie in a quantised GGUF file, else int8 if it keeps the answers; "
         "int8, int4: rounded to it by the build",
     )
-    drafter_weights: DrafterWeights = Field("f32", description="of both drafters; int8, int4: rounded to it by the build")
+    drafter_weights: DrafterWeights = Field(
+        "auto", description="of both drafters; int8, int4: rounded to it by the build; auto: int8, f32 with TensorRT"
+    )
     providers: list[Literal["cuda", "cpu"]] = Field(
         ["cuda", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"
     )
@@ -87,9 +89,9 @@ class EngineSection(Section):
             raise ValueError("precision auto, f32 or bf16 with backend openvino")
         if self.backend == "tensorrt" and self.precision == "f32":  # the plugin's kernel has no f32 form
             raise ValueError("precision auto, bf16 or f16 with backend tensorrt")
-        rounded = self.weights in ("int8", "int4") or self.drafter_weights != "f32"
+        rounded = self.weights in ("int8", "int4") or self.drafter_weights in ("int8", "int4")
         if rounded and self.backend in get_args(CompiledBackend):  # its networks are typed: no blocks in them yet
-            raise ValueError(f"weights auto or f32 and drafter_weights f32 with backend {self.backend}")
+            raise ValueError(f"weights and drafter_weights auto or f32 with backend {self.backend}")
         return self
 
     @property

@@ -19,19 +19,14 @@ sequence's rows and cache blocks lie. Bindings of a call over S sequences, besid
 
 ``past_lengths``, ``mask`` and the ``new_*`` outputs are gone.
 
-Weights in blocks that have minima come in two forms, each exact. As they are: a product with the codes, and a small one with
-the minima, for CPUs that multiply 8-bit codes (VNNI). With zero points, ``(code - zero point) · scale``: one product less,
-for CPUs that unfold the codes anyway.
+Products of one x with matrices in blocks are one node, ``d2sd::BlockMatMul`` (``plugins/block_matmul``), minima included.
 """
 
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnx.external_data_helper import load_external_data_for_tensor
 
-from export.blocks import CODES
-from plugins.cascade_attention.function_body import CascadeAttention
+from plugins.cascade_attention.function_body import DOMAIN, CascadeAttention
 
 INT32, INT64, UINT8 = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.UINT8
 PAGED = {
@@ -44,7 +39,6 @@ PAGED = {
     "qq_bias_begins": (INT32, ["begins"]),
 }
 DRAFTER = {name: (INT64, [name]) for name in ("key_rows", "query_rows", "out_rows")}
-ZERO_POINTS, GONE = "zero_points.data", "gone"
 TARGET = {"asked": (INT64, ["asked"])}
 
 
@@ -66,15 +60,13 @@ def write_paged(graph: Path, place: Path) -> None:
     if not drafter:
         _select(content)
         told = told | TARGET
+    _join_blocks(content)
     inputs = [value for value in content.input if value.name not in ("mask", "past_lengths")]
     outputs = [value for value in content.output if not value.name.startswith("new_")]
     del content.input[:], content.output[:], content.value_info[:], model.functions[:]
     content.input.extend([*inputs, *(onnx.helper.make_tensor_value_info(name, *kind) for name, kind in told.items())])
     content.output.extend(outputs)
     onnx.save(model, place)
-    if any(tensor.name.endswith(".minima") for tensor in content.initializer):
-        _with_zero_points(model, place.parent)
-        onnx.save(model, place.with_name(f"zero-points-{place.name}"))
 
 
 def _select(content: onnx.GraphProto) -> None:
@@ -91,63 +83,33 @@ def _select(content: onnx.GraphProto) -> None:
     content.node.insert(place + 1, onnx.helper.make_node("Gather", [hidden, "asked"], ["asked_hidden"], axis=1))
 
 
-def _with_zero_points(model: onnx.ModelProto, folder: Path) -> None:
-    """``x·(s·q) + sums(x)·m`` becomes ``x·(s·(q + m / s))``; the new tensors share the codes' bytes."""
-    content, make = model.graph, onnx.helper
-    tensors = {tensor.name: tensor for tensor in content.initializer}
+def _join_blocks(content: onnx.GraphProto) -> None:
+    """``x·(s·q)``, and ``sums(x)·m`` where there are minima, of all matrices that the same x meets, become one node."""
     readers = {name: node for node in content.node for name in node.input}
-    points = bytearray()
-    nodes = list(content.node)
-    for at, node in enumerate(nodes):
-        owner = node.input[0].removesuffix(f".{CODES}") if node.op_type == "DequantizeLinear" else ""
-        if f"{owner}.minima" not in tensors:
+    products: dict[str, list[tuple[list[str], str]]] = {}  # of an x: a matrix's tensors, and what the product is called
+    for node in content.node:
+        if node.op_type != "DequantizeLinear":
             continue
-        scales, minima = (_values(tensors[f"{owner}.{name}"], folder) for name in ("scales", "minima"))
-        groups, columns = scales.shape
-        rows = tensors[f"{owner}.{CODES}"].dims[0]
-        shape = [groups, rows // groups, columns]
-        zero = np.divide(-minima, scales, out=np.zeros_like(minima), where=scales != 0)
-        point = onnx.TensorProto(name=f"{owner}.zero_points", data_type=onnx.TensorProto.FLOAT, dims=[groups, 1, columns])
-        raw = np.ascontiguousarray(zero).tobytes()
-        _elsewhere(point, ZERO_POINTS, len(points), len(raw))
-        points += raw
-        for name, dims in ((CODES, shape), ("scales", [groups, 1, columns])):
-            tensor = tensors[f"{owner}.{name}"]
-            tensor.name = f"{owner}.{name}_of_blocks"
-            del tensor.dims[:]
-            tensor.dims.extend(dims)
-        flat = onnx.numpy_helper.from_array(np.array([rows, columns], np.int64), f"{owner}.shape")
-        content.initializer.extend([point, flat])
-        product = readers[node.output[0]]
-        sums = readers[f"{owner}.minima"]
-        total = readers[sums.output[0]]
-        product.output[0] = total.output[0]
-        sums.op_type = total.op_type = GONE
-        nodes[at] = [
-            make.make_node("Cast", [f"{owner}.{CODES}_of_blocks"], [f"{owner}.real"], to=onnx.TensorProto.FLOAT),
-            make.make_node("Sub", [f"{owner}.real", point.name], [f"{owner}.centred"]),
-            make.make_node("Mul", [f"{owner}.centred", f"{owner}.scales_of_blocks"], [f"{owner}.scaled"]),
-            make.make_node("Reshape", [f"{owner}.scaled", flat.name], list(node.output)),
-        ]
-    (folder / ZERO_POINTS).write_bytes(points)
-    kept = [each for node in nodes for each in (node if isinstance(node, list) else [node]) if each.op_type != GONE]
+        last, matrix = readers[node.output[0]], list(node.input)
+        x = last.input[0]
+        sums = readers.get(f"{node.input[1].removesuffix('.scales')}.minima")
+        if sums is not None:
+            matrix.append(sums.input[1])
+            last = readers[sums.output[0]]
+        products.setdefault(x, []).append((matrix, last.output[0]))
+    nodes = list(content.node)
+    for x, found in products.items():
+        names = [name for _, name in found]
+        inputs = [x, *(tensor for matrix, _ in found for tensor in matrix)]
+        has_minima = [int(len(matrix) == 3) for matrix, _ in found]
+        at = next(i for i, node in enumerate(nodes) if node.output[0] in names)
+        nodes = [node for node in nodes if node.output[0] not in names]
+        nodes.insert(at, onnx.helper.make_node("BlockMatMul", inputs, names, domain=DOMAIN, has_minima=has_minima))
+    wanted = {value.name for value in content.output}
+    kept = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            kept.append(node)
     del content.node[:]
-    content.node.extend(kept)
-    for tensor in [t for t in content.initializer if t.name.endswith(".minima")]:
-        content.initializer.remove(tensor)
-
-
-def _values(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    whole = onnx.TensorProto()
-    whole.CopyFrom(tensor)
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        load_external_data_for_tensor(whole, str(folder))
-    return onnx.numpy_helper.to_array(whole)
-
-
-def _elsewhere(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> None:
-    """Say where a tensor's bytes lie."""
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", file), ("offset", offset), ("length", length)):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, str(value)
+    content.node.extend(reversed(kept))

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedConfig
@@ -13,7 +13,7 @@ from engines.engine import GraphInfo
 from export import checkpoints, ends
 from export.blocks import place_blocks, quantised_types
 from export.checkpoints import CheckpointError, DrafterCheckpoint
-from export.config import CompiledBackend, DrafterWeights, Pipeline, Weights
+from export.config import CompiledBackend, Pipeline, Weights
 from export.drafter import Drafter
 from export.onnx_export import export_drafter, export_target
 from export.quantise import held_out_prompts, in_blocks, rounded_to, rounder
@@ -29,7 +29,7 @@ class Sources:
 
     Attributes:
         folder, config: of the target. gguf: the file that the folder was converted from, if it was.
-        weights, drafter_weights: as ``engine`` asks.
+        weights, drafter_weights: as ``engine`` asks; never ``auto`` of drafters.
         held_out: files of prompts on which rounded weights are held against f32.
         layer_ids: the target's layers whose outputs are its features.
         drafters: ``first`` and ``second``, or none. built: the same, between the target's embedding and head, with the id
@@ -41,7 +41,7 @@ class Sources:
     gguf: Path | None
     config: PreTrainedConfig
     weights: Weights
-    drafter_weights: DrafterWeights
+    drafter_weights: Literal["f32", "int8", "int4"]
     held_out: list[Path]
     layer_ids: list[int]
     drafters: dict[str, DrafterCheckpoint]
@@ -113,7 +113,8 @@ def open_sources(pipeline: Pipeline) -> Sources:
     config = checkpoints.target_config(folder)
     compiled = pipeline.engine.backend in get_args(CompiledBackend)  # TensorRT's networks are typed: no blocks in them yet
     weights: Weights = "f32" if compiled else pipeline.engine.weights
-    drafter_weights = pipeline.engine.drafter_weights
+    asked = pipeline.engine.drafter_weights
+    drafter_weights = asked if asked != "auto" else "f32" if compiled else "int8"
     held_out = [Path(file) for file in pipeline.training.evaluation_prompts] or [HELD_OUT]
     if pipeline.limits.length > config.max_position_embeddings:
         raise CheckpointError(

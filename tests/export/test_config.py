@@ -51,11 +51,11 @@ def test_the_published_schema_is_current():
             'engine.backend: found "trt", allowed: openvino, onnxruntime, tensorrt, tensorrt_rtx',
         ),
         (GOOD + "engine: {weights: int2}", 'engine.weights: found "int2", allowed: auto, f32, int8, int4'),
-        (GOOD + "engine: {drafter_weights: auto}", 'engine.drafter_weights: found "auto", allowed: f32, int8, int4'),
+        (GOOD + "engine: {drafter_weights: q4}", 'engine.drafter_weights: found "q4", allowed: auto, f32, int8, int4'),
         (
             GOOD + "engine: {weights: int8, backend: tensorrt}",
             'engine: found {"weights": "int8", "backend": "tensorrt"}, '
-            "allowed: weights auto or f32 and drafter_weights f32 with backend tensorrt",
+            "allowed: weights and drafter_weights auto or f32 with backend tensorrt",
         ),
         (GOOD + "engine: {providers: []}", "engine.providers: found [], allowed: "),
         (GOOD + "limits: 3", "limits: found 3, allowed: "),

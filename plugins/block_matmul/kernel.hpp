@@ -1,0 +1,257 @@
+// Rows times a matrix whose weights stay in blocks of 4- or 8-bit codes, for x86 with AVX2. Layout of the matrix: packed.py.
+//
+// A row is rounded to 8 bits in groups of 32, each with a scale of its own, as llama.cpp does in front of the same blocks
+// (Q8_1): products of codes are then exact in integers, and an instruction makes 32 of them instead of 8. Each row's result is
+// the same to the bit whatever rows are beside it.
+#pragma once
+
+#include <immintrin.h>
+#include <tbb/blocked_range.h>
+#include <tbb/parallel_for.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+// For these functions alone: what else is compiled must run anywhere.
+#define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
+
+namespace d2sd {
+
+constexpr size_t GROUP = 32;  // of a row's values that share a scale
+constexpr size_t LANES = 8;   // columns in a register
+constexpr size_t TILES = 4;   // registers of columns that a row is multiplied with at once
+constexpr size_t ROWS = 4;    // rows that share what is read of the matrix
+
+// A matrix, and where the product with it goes: y[rows, columns].
+struct Matrix {
+    const uint8_t* packed;
+    size_t columns;
+    float* y;
+
+    size_t parts() const { return (columns + TILES * LANES - 1) / (TILES * LANES); }
+};
+
+// Rounded rows: codes as bytes in front of 4-bit weights, as words in front of 8-bit ones.
+template <typename Code>
+struct Rounded {
+    std::unique_ptr<Code[]> codes;
+    std::unique_ptr<float[]> scales, sums;  // a group's sum, of the rounded values
+
+    Rounded(size_t rows, size_t depth)
+        : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {}
+};
+
+AVX2 float largest(__m256 x) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+AVX2 int total(__m256i x) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+
+AVX2 __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
+
+AVX2 void store(int16_t* to, __m256i first, __m256i second) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), first);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), second);
+}
+
+AVX2 void store(int8_t* to, __m256i first, __m256i second) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packs_epi16(first, second)));
+}
+
+// One group: codes = round(x · 127 / max|x|), to even.
+template <typename Code>
+AVX2 void round_group(const float* x, Code* codes, float* scale, float* sum) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 values[4], most = _mm256_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+        values[i] = _mm256_loadu_ps(x + LANES * i);
+        most = _mm256_max_ps(most, _mm256_andnot_ps(sign, values[i]));
+    }
+    const float peak = largest(most);
+    const __m256 inverse = _mm256_set1_ps(peak > 0 ? 127.0f / peak : 0.0f);
+    __m256i numbers[4], all = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+        numbers[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
+        all = _mm256_add_epi32(all, numbers[i]);
+    }
+    store(codes, in_order(_mm256_packs_epi32(numbers[0], numbers[1])), in_order(_mm256_packs_epi32(numbers[2], numbers[3])));
+    *scale = peak / 127.0f;
+    *sum = *scale * static_cast<float>(total(all));
+}
+
+template <typename Code>
+__attribute__((target("avx2,fma,f16c"))) inline void round_row(const float* x, size_t depth, Code* codes, float* scales,
+                                                               float* sums) {
+    for (size_t group = 0; group < depth / GROUP; group++)
+        round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
+}
+
+AVX2 __m256i repeated(const void* four_bytes) {
+    int bytes;
+    std::memcpy(&bytes, four_bytes, 4);
+    return _mm256_set1_epi32(bytes);
+}
+
+template <bool Half>
+AVX2 __m256 numbers_of(const uint8_t* at) {
+    if constexpr (Half)
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    else
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+}
+
+AVX2 void put(__m256 values, float* to, size_t columns) {
+    if (columns >= LANES) {
+        _mm256_storeu_ps(to, values);
+    } else {
+        float all[LANES];
+        _mm256_storeu_ps(all, values);
+        std::memcpy(to, all, columns * sizeof(float));
+    }
+}
+
+// A block of 4-bit codes, 0 to 15, of 8 columns: 128 bytes; 8 scales; 8 minima. Sums of 8 products fit 16 bits (8·2·15·127).
+template <size_t Block, bool Half>
+struct FourBits {
+    using Code = int8_t;
+    static constexpr size_t WIDTH = Half ? 16 : 32, BYTES = 128 + 2 * WIDTH;
+
+    template <size_t R>
+    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float* sums,
+                         __m256 (&out)[R][TILES]) {
+        const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        __m256i part[R][TILES];
+        for (int g = 0; g < 4; g++) {
+            __m256i first[TILES], second[TILES];
+            for (size_t t = 0; t < TILES; t++) {
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[t] + 32 * g));
+                first[t] = _mm256_and_si256(both, low);
+                second[t] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            }
+            for (size_t r = 0; r < R; r++) {
+                const __m256i a = repeated(x + r * depth + 4 * g), b = repeated(x + r * depth + 16 + 4 * g);
+                for (size_t t = 0; t < TILES; t++) {
+                    const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(first[t], a), _mm256_maddubs_epi16(second[t], b));
+                    part[r][t] = g ? _mm256_add_epi16(part[r][t], sum) : sum;
+                }
+            }
+        }
+        const size_t groups = depth / GROUP;
+        for (size_t t = 0; t < TILES; t++) {
+            const __m256 scale = numbers_of<Half>(w[t] + 128), minimum = numbers_of<Half>(w[t] + 128 + WIDTH);
+            for (size_t r = 0; r < R; r++) {
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale);
+                out[r][t] = _mm256_fmadd_ps(product, _mm256_set1_ps(scales[r * groups]), out[r][t]);
+                out[r][t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sums[r * groups]), out[r][t]);
+            }
+        }
+    }
+};
+
+// A block of 8-bit codes of 8 columns: 8 · Block bytes, two of a column beside each other; 8 scales.
+template <size_t Block, bool Half>
+struct EightBits {
+    using Code = int16_t;
+    static constexpr size_t BYTES = LANES * Block + (Half ? 16 : 32);
+
+    template <size_t R>
+    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
+                         __m256 (&out)[R][TILES]) {
+        __m256i part[R][TILES];
+        for (size_t pair = 0; pair < Block / 2; pair++) {
+            __m256i codes[TILES];
+            for (size_t t = 0; t < TILES; t++)
+                codes[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair)));
+            for (size_t r = 0; r < R; r++) {
+                const __m256i a = repeated(x + r * depth + 2 * pair);
+                for (size_t t = 0; t < TILES; t++) {
+                    const __m256i sum = _mm256_madd_epi16(codes[t], a);
+                    part[r][t] = pair ? _mm256_add_epi32(part[r][t], sum) : sum;
+                }
+            }
+        }
+        for (size_t t = 0; t < TILES; t++) {
+            const __m256 scale = numbers_of<Half>(w[t] + LANES * Block);
+            for (size_t r = 0; r < R; r++) {
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(part[r][t]), scale);
+                out[r][t] = _mm256_fmadd_ps(product, _mm256_set1_ps(scales[r * (depth / GROUP)]), out[r][t]);
+            }
+        }
+    }
+};
+
+// R rows by TILES · 8 columns.
+template <typename Form, size_t Block, size_t R>
+__attribute__((target("avx2,fma,f16c"))) void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth,
+                                                   size_t row, size_t column) {
+    const size_t blocks = depth / Block, groups = depth / GROUP;
+    __m256 out[R][TILES];
+    for (auto& sums : out)
+        for (auto& sum : sums) sum = _mm256_setzero_ps();
+    const uint8_t* w[TILES];
+    for (size_t t = 0; t < TILES; t++) w[t] = matrix.packed + (column / LANES + t) * blocks * Form::BYTES;
+    for (size_t block = 0; block < blocks; block++) {
+        const size_t start = row * groups + block * Block / GROUP;
+        Form::template add<R>(w, x.codes.get() + row * depth + block * Block, depth, x.scales.get() + start,
+                              x.sums.get() + start, out);
+        for (auto& at : w) at += Form::BYTES;
+    }
+    for (size_t r = 0; r < R; r++)
+        for (size_t t = 0; t < TILES; t++) {
+            const size_t at = column + t * LANES;
+            if (at < matrix.columns) put(out[r][t], matrix.y + (row + r) * matrix.columns + at, matrix.columns - at);
+        }
+}
+
+template <template <size_t, bool> class Bits, size_t Block, bool Half>
+void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
+    using Form = Bits<Block, Half>;
+    Rounded<typename Form::Code> rounded(rows, depth);
+    const size_t groups = depth / GROUP;
+    const auto round = [&](const tbb::blocked_range<size_t>& some) {
+        for (size_t row = some.begin(); row < some.end(); row++)
+            round_row(x + row * depth, depth, rounded.codes.get() + row * depth, rounded.scales.get() + row * groups,
+                      rounded.sums.get() + row * groups);
+    };
+    const tbb::blocked_range<size_t> all(0, rows, 4);  // fewer are not worth waking a thread
+    if (rows > 4)
+        tbb::parallel_for(all, round);
+    else
+        round(all);
+    size_t parts = 0;
+    for (const auto& matrix : matrices) parts += matrix.parts();
+    tbb::parallel_for(size_t{0}, parts, [&](size_t part) {
+        auto matrix = matrices.begin();
+        for (; part >= matrix->parts(); matrix++) part -= matrix->parts();
+        const size_t column = part * TILES * LANES;
+        size_t row = 0;
+        for (; row + ROWS <= rows; row += ROWS) tile<Form, Block, ROWS>(*matrix, rounded, depth, row, column);
+        switch (rows - row) {
+            case 3: return tile<Form, Block, 3>(*matrix, rounded, depth, row, column);
+            case 2: return tile<Form, Block, 2>(*matrix, rounded, depth, row, column);
+            case 1: return tile<Form, Block, 1>(*matrix, rounded, depth, row, column);
+        }
+    });
+}
+
+// y[rows, columns] = x[rows, depth] · W for matrices of one form. Blocks are of 32 with 4 bits, of 32 or 16 with 8; half:
+// scales and minima are f16.
+inline void multiply(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices, int64_t bits,
+                     int64_t block, bool half) {
+    const auto as = bits == 4     ? (half ? multiply_as<FourBits, 32, true> : multiply_as<FourBits, 32, false>)
+                    : block == 32 ? (half ? multiply_as<EightBits, 32, true> : multiply_as<EightBits, 32, false>)
+                                  : (half ? multiply_as<EightBits, 16, true> : multiply_as<EightBits, 16, false>);
+    as(x, rows, depth, matrices);
+}
+
+}  // namespace d2sd

@@ -1,0 +1,125 @@
+"""The operator on blocks against its plain reference: every form, odd sizes, single rows; and OpenVINO's own products."""
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as op
+import pytest
+from openvino.utils.node_factory import NodeFactory
+
+from engines import block_matmul, cpu
+from export.checkpoints import cache_directory
+from plugins.block_matmul import library, packed, reference
+
+FORMS = [(4, 32), (8, 32), (8, 16)]
+SIZES = [(32, 1), (96, 41), (576, 192)]  # K, N
+ROWS = [1, 2, 3, 4, 5, 8, 33]
+
+
+@pytest.fixture(scope="module")
+def factory():
+    if not cpu.has(*block_matmul.KERNEL):
+        pytest.skip("the kernel is for CPUs with AVX2")
+    made = NodeFactory()
+    made.add_extension(library.compiled(cache_directory() / "operators"))
+    return made
+
+
+def matrix(rng, bits, block, depth, columns, minima=False, half=True):
+    codes = rng.integers(-8, 8, (depth, columns)) if bits == 4 else rng.integers(-128, 128, (depth, columns))
+    scales = rng.normal(size=(depth // block, columns)).astype(np.float16).astype(np.float32)
+    least = rng.normal(size=scales.shape).astype(np.float16).astype(np.float32) + 8 * scales if minima else None
+    if not half:
+        scales *= np.float32(1.001)
+    return codes.astype(np.int8), scales, least
+
+
+def product(factory, matrices, bits):
+    """The operator, compiled over matrices; x ``[1, R, K]``."""
+    x = op.parameter([1, -1, len(matrices[0][0])], np.float32)
+    all_packed = [packed.pack(*each, bits=bits) for each in matrices]
+    model = ov.Model(block_matmul._in_one(op, factory, x, all_packed), [x])
+    request = ov.Core().compile_model(model, "CPU").create_infer_request()
+    return lambda rows: [request.infer([rows[None]])[i][0] for i in range(len(matrices))]
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["f16", "f32"])
+@pytest.mark.parametrize("minima", [False, True], ids=["", "minima"])
+@pytest.mark.parametrize(("bits", "block"), FORMS)
+def test_the_operator_is_its_reference(factory, bits, block, minima, half):
+    rng = np.random.default_rng(bits + block)
+    for depth, columns in SIZES:
+        one = matrix(rng, bits, block, depth, columns, minima, half)
+        if bits == 8 and minima:
+            assert packed.pack(*one, bits=bits) is None, "no type has them"
+            continue
+        assert packed.pack(*one, bits=bits).half == half
+        run = product(factory, [one], bits)
+        for rows in ROWS:
+            x = rng.normal(size=(rows, depth)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, (rows, 1))
+            x = x.astype(np.float32)
+            expected = reference.block_matmul(x, *one)
+            error = np.abs(run(x)[0] - expected).max(-1) / np.abs(expected).max(-1).clip(1e-9)
+            assert error.max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "block"), FORMS)
+def test_a_row_is_the_same_beside_any_others(factory, bits, block):
+    rng = np.random.default_rng(1)
+    run = product(factory, [matrix(rng, bits, block, 192, 70)], bits)
+    rows = rng.normal(size=(37, 192)).astype(np.float32)
+    whole = run(rows)[0].copy()
+    for start, count in ((0, 1), (3, 2), (10, 7), (36, 1)):
+        np.testing.assert_array_equal(run(rows[start : start + count])[0], whole[start : start + count])
+
+
+def test_matrices_that_share_rows(factory):
+    rng = np.random.default_rng(2)
+    matrices = [matrix(rng, 4, 32, 64, columns, minima=True) for columns in (33, 1, 64)]
+    x = rng.normal(size=(5, 64)).astype(np.float32)
+    for given, expected in zip(product(factory, matrices, 4)(x), matrices, strict=True):
+        np.testing.assert_allclose(given, reference.block_matmul(x, *expected), atol=1e-3)
+
+
+def test_the_largest_codes_and_no_values_at_all(factory):
+    """Sixteen bits hold the sums that they must, and a group of zeros has no scale to divide by."""
+    codes, ones = np.full((64, 8), 7, np.int8), np.ones((2, 8), np.float32)
+    run = product(factory, [(codes, ones, 8 * ones)], 4)
+    x = np.stack([np.full(64, 3.0), np.full(64, -3.0), np.zeros(64)]).astype(np.float32)
+    np.testing.assert_allclose(run(x)[0], reference.block_matmul(x, codes, ones, 8 * ones), rtol=1e-6)
+    eight = product(factory, [(np.full((64, 8), -128, np.int8), ones, None)], 8)
+    np.testing.assert_allclose(eight(x)[0], reference.block_matmul(x, np.full((64, 8), -128), ones, None), rtol=1e-6)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize(("bits", "minima"), [(4, True), (4, False), (8, False)])
+def test_openvinos_own_products_are_the_matrix(monkeypatch, bits, minima, vnni):
+    monkeypatch.setattr(block_matmul, "has", lambda *_: vnni)
+    rng = np.random.default_rng(3)
+    codes, scales, least = matrix(rng, bits, 32, 96, 41, minima)
+    kind = ov.Type.i4 if bits == 4 else ov.Type.i8
+    held = ov.Tensor(kind, ov.Shape(codes.shape))
+    low, high = codes.reshape(-1)[0::2], codes.reshape(-1)[1::2]
+    held.data[:] = ((low & 15) | (high << 4)).reshape(held.data.shape) if bits == 4 else codes
+    x = op.parameter([1, -1, 96], np.float32)
+    tensors = [op.constant(held), *(op.constant(each) for each in (scales, least) if each is not None)]
+    made = block_matmul._in_own_operators(op, x, *(each.output(0) for each in tensors))
+    rows = rng.normal(size=(1, 5, 96)).astype(np.float32)
+    exact = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_PRECISION_HINT": "f32"}
+    (given,) = ov.Core().compile_model(ov.Model([made], [x]), "CPU", exact)([rows]).values()
+    weights = codes * scales.repeat(32, 0) + (0 if least is None else least.repeat(32, 0))
+    np.testing.assert_allclose(given, rows @ weights, atol=2e-3)
+    np.testing.assert_array_equal(block_matmul._codes(ov, tensors[0].output(0)), codes)
+
+
+def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setattr(library.shutil, "which", lambda _: None)
+    with pytest.raises(library.CompileError, match=r"no C\+\+ compiler .* apt install g\+\+$"):
+        library.compiled(tmp_path)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(library.CompileError, match=r"^false does not compile the operator, so OpenVINO multiplies"):
+        library.compiled(tmp_path)
+    monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
+    with pytest.raises(library.CompileError, match="for x86, not aarch64"):
+        library.compiled(tmp_path)
+    assert not list(tmp_path.rglob("*.so"))
