@@ -100,20 +100,21 @@ class BuildDirectory:
         return lambda folder, info, recorded: (Target if info.mask_id < 0 else Drafter)(make(folder, info, recorded))
 
     def _paged(self, wanted: str) -> Callable[[Path, GraphInfo, dict[str, Any]], Any]:
-        from engines.block_matmul import usable
         from engines.openvino import OpenVinoGraph, choose, require
+        from engines.openvino_operators import usable
         from engines.paged import PagedDrafter, PagedTarget, block_bytes, sequence_blocks
-        from plugins.block_matmul import library
+        from plugins.openvino import library
 
         require()
-        operator = self.path / "operators" / library.name()
+        built = self.path / "operators" / library.name()
+        operators = built if usable(built) else None
         precision, limits = choose(wanted), self.manifest["limits"]
         infos = [GraphInfo(**recorded["info"]) for recorded in self.manifest["graphs"].values()]
         one = sequence_blocks(limits["length"])
         blocks = pool_blocks(limits["kv_memory"], sum(map(block_bytes, infos)), one * limits["sequences"], one)
 
         def make(folder: Path, info: GraphInfo, _: dict[str, Any]) -> Any:
-            graph = OpenVinoGraph(folder, info, precision, blocks + 1, operator if usable(operator) else None)
+            graph = OpenVinoGraph(folder, info, precision, blocks + 1, operators)
             return PagedTarget(graph) if info.mask_id < 0 else PagedDrafter(graph)
 
         return make

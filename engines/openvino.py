@@ -1,7 +1,7 @@
 """Engines on OpenVINO's own runtime, for CPUs: one graph over rows of many sequences, their K/V in a pool of blocks.
 
-It reads the ONNX file that ``export/paged_graph.py`` wrote, and takes its ``d2sd::CascadeAttention`` for OpenVINO's paged
-attention, which GenAI serves with. That operator's interface may change between releases, so the release is pinned.
+It reads the ONNX file that ``export/paged_graph.py`` wrote; how it reads the project's own operators in it:
+``openvino_operators.py``.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import block_matmul
+from engines import openvino_operators
 from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
 from engines.memory import free_memory
@@ -55,7 +55,7 @@ class OpenVinoGraph:
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
-        blocks: of the pool, and one more. operator: the library of ``plugins/block_matmul``; None: OpenVINO's own products.
+        blocks: of the pool, and one more. operators: the library of ``plugins/openvino``; None: OpenVINO's own.
 
     Attributes:
         sizes: numbers of rows that have a form of their own: as many as memory is left for.
@@ -64,13 +64,13 @@ class OpenVinoGraph:
         EngineError: the file is broken, or of another version of OpenVINO.
     """
 
-    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int, operator: Path | None = None) -> None:
+    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int, operators: Path | None = None) -> None:
         ov = require()
         self.info = info
-        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}" + (", BlockMatMul" if operator else "")
+        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}" + (", own operators" if operators else "")
         self._ov, self._core = ov, ov.Core()
-        self._core.add_extension(_as_paged_attention(ov, info))
-        self._core.add_extension(block_matmul.extension(ov, operator))
+        for extension in openvino_operators.extensions(ov, info, precision, operators):
+            self._core.add_extension(extension)
         path = folder / "paged.onnx"
         self._options = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -145,56 +145,3 @@ def _shape(binding: Any, info: GraphInfo, rows: int) -> Any:
     if rows and name in ("token_ids", "positions", "asked"):
         shape[len(shape) - 1] = rows
     return shape
-
-
-def _as_paged_attention(ov: Any, info: GraphInfo) -> Any:
-    """How OpenVINO's front end reads ``d2sd::CascadeAttention``; its inputs: ``export/paged_graph.py``."""
-    import openvino.opset13 as op
-    from openvino.frontend.onnx import ConversionExtension
-    from openvino.op import _PagedAttentionExtension
-
-    heads, kv_heads, dim = info.heads, info.kv_heads, info.head_dim
-
-    def constant(values: Any, dtype: type[np.generic]) -> Any:
-        return op.constant(np.array(values, dtype))
-
-    def none(dtype: type[np.generic], rank: int = 1) -> Any:
-        return op.constant(np.zeros([0] * rank, dtype))
-
-    def convert(node: Any) -> list[Any]:
-        q, k, v, past_k, past_v, *told = (node.get_input(i) for i in range(node.get_input_size()))
-        told, mine = told[:7], told[7:]
-        lens, begins, blocks, block_begins, longest, bias, bias_begins = told
-
-        def rows(x: Any, width: int) -> Any:
-            """``[1, H, R, D]`` to ``[R, H·D]``."""
-            turned = op.transpose(x, constant([0, 2, 1, 3], np.int64))
-            return op.reshape(turned, constant([-1, width * dim], np.int64), False)
-
-        def take(x: Any, chosen: Any) -> Any:
-            return op.gather(x, chosen, constant(0, np.int64))
-
-        q, k, v = rows(q, heads), rows(k, kv_heads), rows(v, kv_heads)
-        if mine:
-            key_rows, query_rows, out_rows = mine
-            q, k, v = take(q, query_rows), take(k, key_rows), take(v, key_rows)
-        integer, real = np.int32, np.float32
-        inputs = [
-            *(q, k, v, past_k, past_v, lens, begins, blocks, block_begins),
-            *(constant(node.get_attribute("scale"), real), constant(0, integer), none(real), longest),  # scale, window, ALiBi
-            *(none(integer), none(integer), none(integer), none(real)),  # score aggregation, rotation of blocks
-            *(none(real), constant(0, integer), constant(0, integer)),  # XAttention
-            *(none(real, 4), constant(0, integer), none(integer), none(integer), none(integer)),  # sinks, eviction
-            *(none(integer), bias, bias_begins),  # token types, the tree's mask
-        ]
-        attention = _PagedAttentionExtension([x if isinstance(x, ov.Output) else x.output(0) for x in inputs])
-        for kind in "kv":
-            attention.get_rt_info()[f"num_{kind}_heads"] = kv_heads
-            attention.get_rt_info()[f"{kind}_head_size"] = dim
-        out = attention.output(0)
-        if mine:
-            out = take(out, out_rows)
-        out = op.reshape(out, constant([1, -1, heads, dim], np.int64), False)
-        return [op.transpose(out, constant([0, 2, 1, 3], np.int64)).output(0)]
-
-    return ConversionExtension("CascadeAttention", "d2sd", convert)

@@ -340,12 +340,12 @@ class PagedDrafter(Paged):
 
 
 def _twice(features: int, mask: Bools) -> Bools:
-    """``[m + 2n, m + 2n]``: the block's second rows see the features and, as the mask says, its first rows."""
+    """``[m + 2n, m + 2n]``: the block's second rows see the features and, as the mask says, its first rows. The others see none:
+    nothing is asked of them."""
     n = len(mask)
-    sees = np.eye(features + 2 * n, dtype=bool)
+    sees = np.zeros((features + 2 * n,) * 2, bool)
     sees[features + n :, :features] = True
     sees[features + n :, features : features + n] = mask
-    sees[features + n :, features + n :] = False
     return sees
 
 

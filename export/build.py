@@ -93,8 +93,8 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
         if stale:
             print(f"still to be built before this can be served: {', '.join(stale)}")
             return
-        if pipeline.engine.backend == "openvino" and any(_in_blocks(output / "engines" / graph) for graph in keys):
-            _add_operator(output / "operators")
+        if pipeline.engine.backend == "openvino":
+            _add_operators(output / "operators")
         with replacing(output / "model_repository") as partial:
             write_repository(partial)
         with replacing(output / "tokenizer") as partial:
@@ -103,21 +103,16 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     print(f"{output}: ready after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _in_blocks(place: Path) -> bool:
-    """Whether a built graph has weights in blocks."""
-    return bool(_stored(place)["weights"]["form"] != "f32")
-
-
-def _add_operator(place: Path) -> None:
-    """The compiled operator that multiplies weights in blocks; a build without it is served, and slower."""
+def _add_operators(place: Path) -> None:
+    """The project's operators, compiled for OpenVINO; a build without them is served, and slower."""
     from export.checkpoints import cache_directory
-    from plugins.block_matmul import library
+    from plugins.openvino import library
 
     with replacing(place) as partial:
         try:
             shutil.copy(library.compiled(cache_directory() / "operators"), partial)
         except library.CompileError as error:
-            print(f"operator: {error}", flush=True)
+            print(f"operators: {error}", flush=True)
 
 
 def _profiles(pipeline: Pipeline, sources: "Sources", graph: str) -> tensorrt_build.Profiles:

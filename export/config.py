@@ -71,7 +71,7 @@ class EngineSection(Section):
         "int8, int4: rounded to it by the build",
     )
     drafter_weights: DrafterWeights = Field(
-        "auto", description="of both drafters; int8, int4: rounded to it by the build; auto: int8, f32 with TensorRT"
+        "auto", description="of both drafters; int8, int4: rounded to it by the build; auto: int4, f32 with TensorRT"
     )
     providers: list[Literal["cuda", "cpu"]] = Field(
         ["cuda", "cpu"], min_length=1, description="ONNX Runtime's providers; the first one present is used"

@@ -17,6 +17,8 @@ sequence's rows and cache blocks lie. Bindings of a call over S sequences, besid
 | key_rows, query_rows | [R]                   | int64 | drafter: what of features and block tokens each row is (paged.py)  |
 | out_rows             | [N]                   | int64 | drafter: which rows are the block's answers                        |
 
+What leaves the operator for a row that sees none of the call's rows, nobody reads.
+
 ``past_lengths``, ``mask`` and the ``new_*`` outputs are gone.
 
 Products of one x with matrices in blocks are one node, ``d2sd::BlockMatMul`` (``plugins/block_matmul``), minima included.

@@ -114,7 +114,7 @@ def open_sources(pipeline: Pipeline) -> Sources:
     compiled = pipeline.engine.backend in get_args(CompiledBackend)  # TensorRT's networks are typed: no blocks in them yet
     weights: Weights = "f32" if compiled else pipeline.engine.weights
     asked = pipeline.engine.drafter_weights
-    drafter_weights = asked if asked != "auto" else "f32" if compiled else "int8"
+    drafter_weights = asked if asked != "auto" else "f32" if compiled else "int4"
     held_out = [Path(file) for file in pipeline.training.evaluation_prompts] or [HELD_OUT]
     if pipeline.limits.length > config.max_position_embeddings:
         raise CheckpointError(

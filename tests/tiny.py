@@ -109,7 +109,7 @@ PIPELINE = """
 target: {{checkpoint: {root}/target}}
 drafters: {{first: {root}/first, second: {root}/second}}
 decoding: {{branches: 3}}
-engine: {{providers: [{provider}], precision: f32, weights: f32}}
+engine: {{providers: [{provider}], precision: f32, weights: f32, drafter_weights: f32}}
 limits: {{sequences: 3, length: 512, max_tokens: 32}}
 """
 

@@ -5,7 +5,6 @@
 // the same to the bit whatever rows are beside it.
 #pragma once
 
-#include <immintrin.h>
 #include <tbb/blocked_range.h>
 #include <tbb/parallel_for.h>
 
@@ -16,13 +15,11 @@
 #include <memory>
 #include <vector>
 
-// For these functions alone: what else is compiled must run anywhere.
-#define AVX2 __attribute__((target("avx2,fma,f16c"), always_inline)) inline
+#include "../openvino/avx2.hpp"
 
 namespace d2sd {
 
 constexpr size_t GROUP = 32;  // of a row's values that share a scale
-constexpr size_t LANES = 8;   // columns in a register
 constexpr size_t TILES = 4;   // registers of columns that a row is multiplied with at once
 constexpr size_t ROWS = 4;    // rows that share what is read of the matrix
 
@@ -44,12 +41,6 @@ struct Rounded {
     Rounded(size_t rows, size_t depth)
         : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {}
 };
-
-AVX2 float largest(__m256 x) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
 
 AVX2 int total(__m256i x) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -90,7 +81,7 @@ AVX2 void round_group(const float* x, Code* codes, float* scale, float* sum) {
 }
 
 template <typename Code>
-__attribute__((target("avx2,fma,f16c"))) inline void round_row(const float* x, size_t depth, Code* codes, float* scales,
+AVX2_TARGET inline void round_row(const float* x, size_t depth, Code* codes, float* scales,
                                                                float* sums) {
     for (size_t group = 0; group < depth / GROUP; group++)
         round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
@@ -192,7 +183,7 @@ struct EightBits {
 
 // R rows by TILES · 8 columns.
 template <typename Form, size_t Block, size_t R>
-__attribute__((target("avx2,fma,f16c"))) void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth,
+AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth,
                                                    size_t row, size_t column) {
     const size_t blocks = depth / Block, groups = depth / GROUP;
     __m256 out[R][TILES];

@@ -9,17 +9,17 @@ import torch
 from decoding.cycle import Decoder
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
-from engines.block_matmul import WIDE as WIDE_PRODUCTS
-from engines.block_matmul import usable
 from engines.build_directory import BuildDirectory
 from engines.cpu import has
+from engines.openvino_operators import WIDE as WIDE_PRODUCTS
+from engines.openvino_operators import usable
 from export import checkpoints, quantise
 from export.blocks import BlockEmbedding, BlockLinear
 from export.build import main
 from export.quantise import HeldOut, in_blocks
 from export.sources import HELD_OUT
-from plugins.block_matmul import library
 from plugins.block_matmul.reference import rounded
+from plugins.openvino import library
 from tests import tiny
 from tests.export.test_checkpoints import gguf_shards
 

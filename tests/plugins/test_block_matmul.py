@@ -6,9 +6,10 @@ import openvino.opset13 as op
 import pytest
 from openvino.utils.node_factory import NodeFactory
 
-from engines import block_matmul, cpu
+from engines import cpu, openvino_operators
 from export.checkpoints import cache_directory
-from plugins.block_matmul import library, packed, reference
+from plugins.block_matmul import packed, reference
+from plugins.openvino import library
 
 FORMS = [(4, 32), (8, 32), (8, 16)]
 SIZES = [(32, 1), (96, 41), (576, 192)]  # K, N
@@ -17,7 +18,7 @@ ROWS = [1, 2, 3, 4, 5, 8, 33]
 
 @pytest.fixture(scope="module")
 def factory():
-    if not cpu.has(*block_matmul.KERNEL):
+    if not cpu.has(*openvino_operators.KERNELS):
         pytest.skip("the kernel is for CPUs with AVX2")
     made = NodeFactory()
     made.add_extension(library.compiled(cache_directory() / "operators"))
@@ -37,7 +38,7 @@ def product(factory, matrices, bits):
     """The operator, compiled over matrices; x ``[1, R, K]``."""
     x = op.parameter([1, -1, len(matrices[0][0])], np.float32)
     all_packed = [packed.pack(*each, bits=bits) for each in matrices]
-    model = ov.Model(block_matmul._in_one(op, factory, x, all_packed), [x])
+    model = ov.Model(openvino_operators._in_one(op, factory, x, all_packed), [x])
     request = ov.Core().compile_model(model, "CPU").create_infer_request()
     return lambda rows: [request.infer([rows[None]])[i][0] for i in range(len(matrices))]
 
@@ -93,7 +94,7 @@ def test_the_largest_codes_and_no_values_at_all(factory):
 @pytest.mark.parametrize("vnni", [False, True])
 @pytest.mark.parametrize(("bits", "minima"), [(4, True), (4, False), (8, False)])
 def test_openvinos_own_products_are_the_matrix(monkeypatch, bits, minima, vnni):
-    monkeypatch.setattr(block_matmul, "has", lambda *_: vnni)
+    monkeypatch.setattr(openvino_operators, "has", lambda *_: vnni)
     rng = np.random.default_rng(3)
     codes, scales, least = matrix(rng, bits, 32, 96, 41, minima)
     kind = ov.Type.i4 if bits == 4 else ov.Type.i8
@@ -102,13 +103,13 @@ def test_openvinos_own_products_are_the_matrix(monkeypatch, bits, minima, vnni):
     held.data[:] = ((low & 15) | (high << 4)).reshape(held.data.shape) if bits == 4 else codes
     x = op.parameter([1, -1, 96], np.float32)
     tensors = [op.constant(held), *(op.constant(each) for each in (scales, least) if each is not None)]
-    made = block_matmul._in_own_operators(op, x, *(each.output(0) for each in tensors))
+    made = openvino_operators._in_own_operators(op, x, *(each.output(0) for each in tensors))
     rows = rng.normal(size=(1, 5, 96)).astype(np.float32)
     exact = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_PRECISION_HINT": "f32"}
     (given,) = ov.Core().compile_model(ov.Model([made], [x]), "CPU", exact)([rows]).values()
     weights = codes * scales.repeat(32, 0) + (0 if least is None else least.repeat(32, 0))
     np.testing.assert_allclose(given, rows @ weights, atol=2e-3)
-    np.testing.assert_array_equal(block_matmul._codes(ov, tensors[0].output(0)), codes)
+    np.testing.assert_array_equal(openvino_operators._codes(ov, tensors[0].output(0)), codes)
 
 
 def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
@@ -117,7 +118,7 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
     with pytest.raises(library.CompileError, match=r"no C\+\+ compiler .* apt install g\+\+$"):
         library.compiled(tmp_path)
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(library.CompileError, match=r"^false does not compile the operator, so OpenVINO multiplies"):
+    with pytest.raises(library.CompileError, match=r"^false does not compile the operators, so OpenVINO's own"):
         library.compiled(tmp_path)
     monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
     with pytest.raises(library.CompileError, match="for x86, not aarch64"):

@@ -1,4 +1,4 @@
-"""The operator compiled for OpenVINO: a shared library, made by the machine's C++ compiler, with headers of OpenVINO's package.
+"""The project's operators compiled for OpenVINO: a shared library, by the machine's C++ compiler and OpenVINO's own headers.
 
 It is kept by what it was made from, so that it is compiled once and not with every build.
 """
@@ -11,10 +11,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-SOURCES = ("kernel.hpp", "openvino_op.cpp")
+PLUGINS = Path(__file__).resolve().parent.parent
+SOURCES = ("openvino/operators.cpp", "block_matmul/kernel.hpp", "cascade_attention/paged.hpp", "openvino/avx2.hpp")
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-ADVICE = "OpenVINO multiplies weights in blocks itself, at about half the speed"
+ADVICE = "OpenVINO's own operators serve instead, at about half the speed"
 
 
 class CompileError(RuntimeError):
@@ -25,8 +25,8 @@ def name() -> str:
     """The library's file name, by all that it follows from."""
     import openvino
 
-    made_from = [openvino.__version__, platform.machine(), *OPTIONS, *((HERE / source).read_text() for source in SOURCES)]
-    return f"block_matmul-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
+    made_from = [openvino.__version__, platform.machine(), *OPTIONS, *((PLUGINS / source).read_text() for source in SOURCES)]
+    return f"operators-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
 
 
 def compiled(cache: Path) -> Path:
@@ -39,7 +39,7 @@ def compiled(cache: Path) -> Path:
         CompileError: this is no x86 machine, or has no C++ compiler that makes it.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
-        raise CompileError(f"the operator's kernel is for x86, not {platform.machine()}; {ADVICE}")
+        raise CompileError(f"the operators' kernels are for x86, not {platform.machine()}; {ADVICE}")
     library = cache / name()
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _compile(library: Path) -> None:
     if None in parts:
         raise CompileError(f"OpenVINO's package has no libraries in {package / 'libs'}, so {ADVICE}")
     # Both are loaded when this is, under their own names: the loader finds them without a path.
-    command = [compiler, *OPTIONS, "-DOV_THREAD=0", f"-I{package / 'include'}", str(HERE / "openvino_op.cpp")]
+    command = [compiler, *OPTIONS, "-DOV_THREAD=0", f"-I{package / 'include'}", str(PLUGINS / SOURCES[0])]
     run = subprocess.run([*command, "-o", str(library), *map(str, parts)], capture_output=True, text=True)
     if run.returncode:
-        raise CompileError(f"{compiler} does not compile the operator, so {ADVICE}:\n{run.stderr.strip()[:1000]}")
+        raise CompileError(f"{compiler} does not compile the operators, so {ADVICE}:\n{run.stderr.strip()[:1000]}")

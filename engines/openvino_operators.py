@@ -1,0 +1,191 @@
+"""How OpenVINO reads the project's operators: as kernels of ours (``plugins/openvino``), or in operators of its own.
+
+Its own for attention is the paged attention that GenAI serves with. That operator's interface may change between releases, so
+the release is pinned.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.cpu import has
+from engines.engine import GraphInfo
+from plugins.block_matmul.packed import LANES, Packed, pack
+
+WIDE = ("avx512_vnni", "avx_vnni")  # the CPU multiplies 8-bit numbers: OpenVINO then rounds rows itself, and is fast
+KERNELS = ("avx2", "fma", "f16c")  # what ours need
+
+
+def usable(library: Path) -> bool:
+    """Whether the project's own operators are there, and are the faster ones here."""
+    return library.exists() and has(*KERNELS) and not any(map(has, WIDE))
+
+
+def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -> list[Any]:
+    """What to give to OpenVINO's front end.
+
+    Args:
+        library: of the project's own operators; None: OpenVINO's.
+    """
+    from openvino.utils.node_factory import NodeFactory
+
+    factory = None
+    if library is not None:
+        factory = NodeFactory()
+        factory.add_extension(library)
+    attends = factory if precision == "f32" and info.head_dim % LANES == 0 else None  # the kernel's floats and registers
+    return [attention(ov, info, attends), block_matmul(ov, factory)]
+
+
+def attention(ov: Any, info: GraphInfo, factory: Any) -> Any:
+    """``d2sd::CascadeAttention``; its inputs: ``export/paged_graph.py``.
+
+    Args:
+        factory: of the project's own operators; None: OpenVINO's paged attention.
+    """
+    import openvino.opset13 as op
+    from openvino.frontend.onnx import ConversionExtension
+
+    heads, kv_heads, dim = info.heads, info.kv_heads, info.head_dim
+
+    def constant(values: Any) -> Any:
+        return op.constant(np.array(values, np.int64))
+
+    def convert(node: Any) -> list[Any]:
+        q, k, v, past_k, past_v, *told = (node.get_input(i) for i in range(node.get_input_size()))
+        told, mine = told[:7], told[7:]
+
+        def rows(x: Any, width: int) -> Any:
+            """``[1, H, R, D]`` to ``[R, H·D]``."""
+            turned = op.transpose(x, constant([0, 2, 1, 3]))
+            return op.reshape(turned, constant([-1, width * dim]), False)
+
+        def take(x: Any, chosen: Any) -> Any:
+            return op.gather(x, chosen, constant(0))
+
+        q, k, v = rows(q, heads), rows(k, kv_heads), rows(v, kv_heads)
+        if mine:
+            key_rows, query_rows, out_rows = mine
+            q, k, v = take(q, query_rows), take(k, key_rows), take(v, key_rows)
+        scale, given = float(node.get_attribute("scale")), [q, k, v, past_k, past_v]
+        if factory is not None:
+            lens, begins, blocks, block_begins, _longest, bias, bias_begins = told
+            about = {"heads": heads, "kv_heads": kv_heads, "scale": scale}
+            out = factory.create("CascadeAttention", [*given, lens, begins, blocks, block_begins, bias, bias_begins], about)
+        else:
+            out = _paged_attention(ov, info, given, told, scale)
+        out = out.output(0)
+        if mine:
+            out = take(out, out_rows)
+        out = op.reshape(out, constant([1, -1, heads, dim]), False)
+        return [op.transpose(out, constant([0, 2, 1, 3])).output(0)]
+
+    return ConversionExtension("CascadeAttention", "d2sd", convert)
+
+
+def _paged_attention(ov: Any, info: GraphInfo, given: Sequence[Any], told: Sequence[Any], scale: float) -> Any:
+    """OpenVINO's own."""
+    import openvino.opset13 as op
+    from openvino.op import _PagedAttentionExtension
+
+    integer, real = np.int32, np.float32
+
+    def constant(values: Any, dtype: type[np.generic]) -> Any:
+        return op.constant(np.array(values, dtype))
+
+    def none(dtype: type[np.generic], rank: int = 1) -> Any:
+        return op.constant(np.zeros([0] * rank, dtype))
+
+    lens, begins, blocks, block_begins, longest, bias, bias_begins = told
+    inputs = [
+        *(*given, lens, begins, blocks, block_begins),
+        *(constant(scale, real), constant(0, integer), none(real), longest),  # scale, window, ALiBi
+        *(none(integer), none(integer), none(integer), none(real)),  # score aggregation, rotation of blocks
+        *(none(real), constant(0, integer), constant(0, integer)),  # XAttention
+        *(none(real, 4), constant(0, integer), none(integer), none(integer), none(integer)),  # sinks, eviction
+        *(none(integer), bias, bias_begins),  # token types, the tree's mask
+    ]
+    made = _PagedAttentionExtension([x if isinstance(x, ov.Output) else x.output(0) for x in inputs])
+    for kind in "kv":
+        made.get_rt_info()[f"num_{kind}_heads"] = info.kv_heads
+        made.get_rt_info()[f"{kind}_head_size"] = info.head_dim
+    return made
+
+
+def block_matmul(ov: Any, factory: Any) -> Any:
+    """``d2sd::BlockMatMul``.
+
+    Args:
+        factory: of the project's own operators; None: OpenVINO's.
+    """
+    import openvino.opset13 as op
+    from openvino.frontend.onnx import ConversionExtension
+
+    def convert(node: Any) -> list[Any]:
+        x, *tensors = (node.get_input(i) for i in range(node.get_input_size()))
+        given = iter(tensors)
+        matrices = [[next(given) for _ in range(2 + has)] for has in node.get_attribute("has_minima")]
+        if factory is not None:
+            packed = [_packed(ov, *matrix) for matrix in matrices]
+            forms = {(each.bits, each.block, each.half) if each else None for each in packed}
+            if len(forms) == 1 and None not in forms:
+                return _in_one(op, factory, x, packed)
+            return [
+                _in_one(op, factory, x, [own])[0] if own else _in_own_operators(op, x, *matrix)
+                for own, matrix in zip(packed, matrices, strict=True)
+            ]
+        return [_in_own_operators(op, x, *matrix) for matrix in matrices]
+
+    return ConversionExtension("BlockMatMul", "d2sd", convert)
+
+
+def _packed(ov: Any, codes: Any, *numbers: Any) -> Packed | None:
+    bits = 4 if codes.get_element_type() == ov.Type.i4 else 8
+    return pack(_codes(ov, codes), *(each.get_node().data for each in numbers), bits=bits)
+
+
+def _in_one(op: Any, factory: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
+    """The project's operator over matrices of one form: their products."""
+    one = matrices[0]
+    about = {"columns": [each.columns for each in matrices], "bits": one.bits, "block": one.block, "half": one.half}
+    return factory.create("BlockMatMul", [x, *(op.constant(each.data) for each in matrices)], about).outputs()
+
+
+def _codes(ov: Any, constant: Any) -> NDArray[np.int8]:
+    """``[K, N]`` of a constant, whose 4-bit numbers lie two in a byte."""
+    data = constant.get_node().data
+    if constant.get_element_type() == ov.Type.i4:
+        data = np.stack([data << 4 >> 4, data >> 4], axis=-1)
+    return data.reshape(list(constant.get_shape()))
+
+
+def _in_own_operators(op: Any, x: Any, codes: Any, scales: Any, minima: Any = None) -> Any:
+    """A product that OpenVINO computes on the codes as they lie.
+
+    Minima are a second, small product where the CPU multiplies 8-bit numbers. Elsewhere codes are unfolded anyway, and
+    minima become zero points of theirs, ``x·(s·(q + m / s))``: exact, and one product less.
+    """
+    depth, columns = codes.get_shape()
+    groups = scales.get_shape()[0]
+    size = depth // groups
+
+    def constant(values: Any, dtype: type[np.generic] = np.int64) -> Any:
+        return op.constant(np.array(values, dtype))
+
+    def blocks(matrix: Any, rows: int) -> Any:
+        return op.reshape(matrix, constant([groups, rows, columns]), False)
+
+    real = op.convert(blocks(codes, size), "f32")
+    if minima is not None and not any(map(has, WIDE)):
+        values, factors = minima.get_node().data, scales.get_node().data
+        zero = np.divide(-values, factors, out=np.zeros_like(values), where=factors != 0)
+        real = op.subtract(real, op.constant(zero[:, None]))
+    weights = op.reshape(op.multiply(real, blocks(scales, 1)), constant([depth, columns]), False)
+    product = op.matmul(x, weights, False, False)
+    if minima is None or not any(map(has, WIDE)):
+        return product.output(0)
+    sums = op.reduce_sum(op.reshape(x, constant([0, 0, groups, size]), True), constant([-1]))
+    return op.add(product, op.matmul(sums, minima, False, False)).output(0)

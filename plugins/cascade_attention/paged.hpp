@@ -1,0 +1,196 @@
+// The operator over a pool of blocks, for x86 with AVX2: what a row sees of its sequence's past, and of the call's own rows.
+// Bindings: export/paged_graph.py.
+//
+// Each (sequence, KV head) is walked block by block with the query rows of all heads that share it, softmax kept as a running
+// maximum and sum (FlashAttention's online softmax, arXiv 2205.14135), so that no score is ever stored.
+#pragma once
+
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../openvino/avx2.hpp"
+
+namespace d2sd {
+
+constexpr size_t KEYS = 32;    // of a block
+constexpr size_t QUERIES = 8;  // rows that walk a block together, at most
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+struct Attention {
+    const float *q, *k, *v;  // [R, H · D], [R, Hkv · D]
+    float *past_k, *past_v;  // [blocks, Hkv, 32, D]
+    const int32_t *lengths, *begins, *blocks, *block_begins;
+    const uint8_t* mask;
+    const int32_t* mask_begins;
+    size_t sequences, heads, kv_heads, dim;
+    float scale;
+    float* out;  // [R, H · D]
+
+    size_t rows(size_t sequence) const { return begins[sequence + 1] - begins[sequence]; }
+
+    // Where a block's keys or values begin.
+    size_t place(size_t sequence, size_t block, size_t head) const {
+        return (static_cast<size_t>(blocks[block_begins[sequence] + block]) * kv_heads + head) * KEYS * dim;
+    }
+};
+
+// exp, for x up to 0, to 2e-7: 2^n times a polynomial on half an octave (coefficients: Cephes' expf).
+AVX2 __m256 exponential(__m256 x) {
+    x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(next));
+    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+// Sums of eight registers, in one.
+AVX2 __m256 sums(const __m256 (&x)[8]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// Scores of a query with the 32 keys of a block.
+AVX2 void score(const float* q, const float* keys, size_t dim, __m256 (&scores)[KEYS / LANES]) {
+    for (size_t group = 0; group < KEYS / LANES; group++) {
+        __m256 products[LANES];
+        for (auto& product : products) product = _mm256_setzero_ps();
+        for (size_t d = 0; d < dim; d += LANES) {
+            const __m256 part = _mm256_loadu_ps(q + d);
+            for (size_t key = 0; key < LANES; key++)
+                products[key] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (group * LANES + key) * dim + d), products[key]);
+        }
+        scores[group] = sums(products);
+    }
+}
+
+// out = out · fade + weights · values, for Registers · 8 of the dimensions.
+template <size_t Registers>
+AVX2 void gather(const float* weights, const float* values, size_t dim, size_t count, float fade, float* out) {
+    __m256 total[Registers];
+    const __m256 faded = _mm256_set1_ps(fade);
+    for (size_t i = 0; i < Registers; i++) total[i] = _mm256_mul_ps(_mm256_loadu_ps(out + i * LANES), faded);
+    for (size_t key = 0; key < count; key++) {
+        const __m256 weight = _mm256_set1_ps(weights[key]);
+        for (size_t i = 0; i < Registers; i++)
+            total[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + key * dim + i * LANES), total[i]);
+    }
+    for (size_t i = 0; i < Registers; i++) _mm256_storeu_ps(out + i * LANES, total[i]);
+}
+
+// What rows of a sequence ask of a KV head, with all query heads that share it.
+struct Work {
+    size_t sequence, kv_head;
+    const std::vector<size_t>* asking;  // rows, in order
+    size_t first, count;                // of (query head, row), head by head
+
+    size_t row(size_t i) const { return (*asking)[(first + i) % asking->size()]; }
+    size_t head(size_t i) const { return (first + i) / asking->size(); }
+};
+
+AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
+    const size_t sequence = work.sequence, kv_head = work.kv_head, count = work.count;
+    const size_t n = a.rows(sequence), group = a.heads / a.kv_heads, dim = a.dim;
+    const size_t past = a.lengths[sequence], begin = a.begins[sequence];
+    std::vector<float> queries(count * dim);
+    float most[QUERIES], whole[QUERIES];
+    float* out[QUERIES];
+    size_t seen = past;  // keys, of which the mask hides some
+    for (size_t i = 0; i < count; i++) {
+        const size_t at = ((begin + work.row(i)) * a.heads + kv_head * group + work.head(i)) * dim;
+        for (size_t d = 0; d < dim; d++) queries[i * dim + d] = a.q[at + d] * a.scale;
+        out[i] = a.out + at;
+        most[i] = NEVER, whole[i] = 0;
+        seen = std::max(seen, past + work.row(i) + 1);  // no row sees a later one
+    }
+    for (size_t block = 0; block * KEYS < seen; block++) {
+        const size_t place = a.place(sequence, block, kv_head), start = block * KEYS, keys = std::min(KEYS, seen - start);
+        for (size_t i = 0; i < count; i++) {
+            __m256 scores[KEYS / LANES];
+            score(&queries[i * dim], a.past_k + place, dim, scores);
+            if (start + KEYS > past) {  // what is behind the past, the mask decides; what is behind the end is nobody's
+                const uint8_t* sees = a.mask + a.mask_begins[sequence] + work.row(i) * n;
+                alignas(32) float hidden[KEYS];
+                for (size_t key = 0; key < KEYS; key++)
+                    hidden[key] = start + key < past || (start + key < seen && sees[start + key - past]) ? 0.0f : 1.0f;
+                for (size_t g = 0; g < KEYS / LANES; g++) {
+                    const __m256 gone = _mm256_cmp_ps(_mm256_load_ps(hidden + g * LANES), _mm256_setzero_ps(), _CMP_NEQ_OQ);
+                    scores[g] = _mm256_blendv_ps(scores[g], _mm256_set1_ps(NEVER), gone);
+                }
+            }
+            const float highest = largest(_mm256_max_ps(_mm256_max_ps(scores[0], scores[1]), _mm256_max_ps(scores[2], scores[3])));
+            if (highest == NEVER) continue;
+            const float now = std::max(most[i], highest), fade = most[i] == now ? 1.0f : std::exp(most[i] - now);
+            alignas(32) float weights[KEYS];
+            __m256 all = _mm256_setzero_ps();
+            for (size_t g = 0; g < KEYS / LANES; g++) {
+                const __m256 seen = _mm256_cmp_ps(scores[g], _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
+                const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores[g], _mm256_set1_ps(now))), seen);
+                _mm256_store_ps(weights + g * LANES, weight);
+                all = _mm256_add_ps(all, weight);
+            }
+            most[i] = now, whole[i] = whole[i] * fade + sum(all);
+            const float* values = a.past_v + place;
+            size_t d = 0;
+            for (; d + 8 * LANES <= dim; d += 8 * LANES) gather<8>(weights, values + d, dim, keys, fade, out[i] + d);
+            for (; d < dim; d += LANES) gather<1>(weights, values + d, dim, keys, fade, out[i] + d);
+        }
+    }
+    for (size_t i = 0; i < count; i++) {
+        const float share = whole[i] > 0 ? 1.0f / whole[i] : 0.0f;
+        for (size_t d = 0; d < dim; d++) out[i][d] *= share;
+    }
+}
+
+// K/V of the call's rows into the pool, behind what their sequences hold.
+inline void append(const Attention& a) {
+    for (size_t sequence = 0; sequence < a.sequences; sequence++)
+        for (size_t row = 0; row < a.rows(sequence); row++) {
+            const size_t at = a.lengths[sequence] + row;
+            for (size_t head = 0; head < a.kv_heads; head++) {
+                const size_t from = ((a.begins[sequence] + row) * a.kv_heads + head) * a.dim;
+                const size_t to = a.place(sequence, at / KEYS, head) + at % KEYS * a.dim;
+                std::memcpy(a.past_k + to, a.k + from, a.dim * sizeof(float));
+                std::memcpy(a.past_v + to, a.v + from, a.dim * sizeof(float));
+            }
+        }
+}
+
+// The operator. D is a multiple of 8. A row that sees no row of the call asks for nothing, and gets zeros.
+inline void attention(const Attention& a) {
+    append(a);
+    const size_t rows = a.begins[a.sequences], group = a.heads / a.kv_heads;
+    std::memset(a.out, 0, rows * a.heads * a.dim * sizeof(float));
+    std::vector<std::vector<size_t>> asking(a.sequences);
+    size_t all = 0;
+    for (size_t sequence = 0; sequence < a.sequences; sequence++) {
+        const size_t n = a.rows(sequence);
+        const uint8_t* sees = a.mask + a.mask_begins[sequence];
+        for (size_t row = 0; row < n; row++, sees += n)
+            if (std::memchr(sees, 1, n)) asking[sequence].push_back(row);
+        all += asking[sequence].size() * a.heads;
+    }
+    const size_t threads = tbb::this_task_arena::max_concurrency();
+    const size_t most = std::clamp(all / (4 * threads), size_t{1}, QUERIES);  // few rows are spread over the threads
+    std::vector<Work> works;
+    for (size_t sequence = 0; sequence < a.sequences; sequence++)
+        for (size_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
+            for (size_t first = 0, every = asking[sequence].size() * group; first < every; first += most)
+                works.push_back({sequence, kv_head, &asking[sequence], first, std::min(most, every - first)});
+    tbb::parallel_for(size_t{0}, works.size(), [&](size_t i) { attend(a, works[i]); });
+}
+
+}  // namespace d2sd

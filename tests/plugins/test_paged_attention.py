@@ -1,0 +1,120 @@
+"""The operator over a pool of blocks, OpenVINO's kernel of ours, against one plain softmax a row."""
+
+from itertools import pairwise
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as op
+import pytest
+from openvino.utils.node_factory import NodeFactory
+
+from engines import cpu, openvino_operators
+from engines.paged import BLOCK
+from export.checkpoints import cache_directory
+from plugins.openvino import library
+
+pytestmark = pytest.mark.skipif(not cpu.has(*openvino_operators.KERNELS), reason="the kernel is for CPUs with AVX2")
+
+
+@pytest.fixture(scope="module")
+def factory():
+    made = NodeFactory()
+    made.add_extension(library.compiled(cache_directory() / "operators"))
+    return made
+
+
+def operator(factory, heads, kv_heads, dim, scale):
+    kinds = [np.float32] * 3 + [np.float32] * 2 + [np.int32] * 4 + [np.uint8, np.int32]
+    shapes = [[-1, heads * dim], *[[-1, kv_heads * dim]] * 2, *[[-1, kv_heads, BLOCK, dim]] * 2, *[[-1]] * 6]
+    inputs = [op.parameter(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    node = factory.create("CascadeAttention", inputs, {"heads": heads, "kv_heads": kv_heads, "scale": scale})
+    return ov.Core().compile_model(ov.Model([node.output(0)], inputs), "CPU").create_infer_request()
+
+
+def run(request, given):
+    for i, each in enumerate(given):
+        request.set_input_tensor(i, ov.Tensor(each, shared_memory=True))
+    request.infer()
+    return request.get_output_tensor().data.copy()
+
+
+def tree_mask(rng, n):
+    """Each row sees itself and some rows before it."""
+    return np.tril(rng.random((n, n)) < 0.5) | np.eye(n, dtype=bool)
+
+
+def expected(q, k, v, past, masks, lengths, scale):
+    """``[R, H, D]``; past: K and V of each sequence, ``[L, Hkv, D]``."""
+    out, begin = np.zeros(q.shape), 0
+    group = q.shape[1] // k.shape[1]
+    for (past_k, past_v), mask, length in zip(past, masks, lengths, strict=True):
+        n = len(mask)
+        keys, values = np.concatenate([past_k, k[begin : begin + n]]), np.concatenate([past_v, v[begin : begin + n]])
+        sees = np.concatenate([np.ones((n, length), bool), mask], 1)
+        for head in range(q.shape[1]):
+            scores = q[begin : begin + n, head] @ keys[:, head // group].astype(np.float64).T * scale
+            weights = np.where(sees, np.exp(scores - np.where(sees, scores, -np.inf).max(-1, keepdims=True)), 0)
+            out[begin : begin + n, head] = weights / weights.sum(-1, keepdims=True) @ values[:, head // group]
+        begin += n
+    return out
+
+
+# Lengths of the past and rows of the call: N = 1, nothing before it, both sides of a block's border, a long past, many sequences.
+CASES = [([0], [1]), ([31], [1]), ([32], [2]), ([33], [8]), ([700], [12]), ([0, 5, 64, 0], [3, 1, 40, 1]), ([100] * 5, [1] * 5)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 8), (6, 2, 80), (1, 1, 128)])
+@pytest.mark.parametrize(("lengths", "counts"), CASES, ids=str)
+def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, dim, lengths, counts):
+    rng = np.random.default_rng(heads + len(lengths))
+    scale = dim**-0.5
+    blocks = [-(-(length + n) // BLOCK) for length, n in zip(lengths, counts, strict=True)]
+    order = rng.permutation(sum(blocks) + 3).astype(np.int32)
+    pools = [rng.normal(size=(len(order), kv_heads, BLOCK, dim)).astype(np.float32) for _ in "kv"]
+    q, k, v = (rng.normal(size=(sum(counts), width, dim)).astype(np.float32) * 3 for width in (heads, kv_heads, kv_heads))
+    masks = [tree_mask(rng, n) for n in counts]
+    begins = np.cumsum([0, *blocks])
+    tables = [order[a:b] for a, b in pairwise(begins)]
+    past = [
+        tuple(pool[table].swapaxes(1, 2).reshape(-1, kv_heads, dim)[:length].copy() for pool in pools)
+        for table, length in zip(tables, lengths, strict=True)
+    ]
+    spare = [pool[order[begins[-1] :]].copy() for pool in pools]
+    flat = [np.ascontiguousarray(x.reshape(len(x), -1)) for x in (q, k, v)]
+    told = [lengths, np.cumsum([0, *counts]), order[: begins[-1]], begins]
+    numbers = [np.array(each, np.int32) for each in told]
+    bias = np.concatenate([mask.reshape(-1) for mask in masks]).astype(np.uint8)
+    squares = np.cumsum([0, *(n * n for n in counts)]).astype(np.int32)
+    out = run(operator(factory, heads, kv_heads, dim, scale), [*flat, *pools, *numbers, bias, squares])
+    np.testing.assert_allclose(out.reshape(q.shape), expected(q, k, v, past, masks, lengths, scale), atol=2e-5)
+    for pool, new, kept in zip(pools, (k, v), spare, strict=True):
+        begin = 0
+        for table, length, n in zip(tables, lengths, counts, strict=True):
+            rows = pool[table].swapaxes(1, 2).reshape(-1, kv_heads, dim)
+            np.testing.assert_array_equal(rows[length : length + n], new[begin : begin + n], "it lies behind the past")
+            begin += n
+        np.testing.assert_array_equal(pool[order[begins[-1] :]], kept, "nobody else's block is touched")
+
+
+def test_a_row_that_sees_none_of_its_call_asks_for_nothing(factory):
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(3, 8)).astype(np.float32) for _ in range(3))
+    pools = [rng.normal(size=(2, 1, BLOCK, 8)).astype(np.float32) for _ in "kv"]
+    mask = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], bool)
+    past = [tuple(pool[1].swapaxes(0, 1)[:5].copy() for pool in pools)]
+    numbers = [np.array(each, np.int32) for each in ([5], [0, 3], [1], [0, 1])]
+    given = [q, k, v, *pools, *numbers, mask.reshape(-1).astype(np.uint8), np.array([0, 9], np.int32)]
+    out = run(operator(factory, 1, 1, 8, 0.5), given)
+    want = expected(q[:, None], k[:, None], v[:, None], past, [mask], [5], 0.5)[:, 0]
+    np.testing.assert_allclose(out[1], want[1], atol=2e-6)
+    assert not out[[0, 2]].any()
+
+
+def test_scores_far_apart(factory):
+    """The likeliest key comes last, far above all others: what was gathered before it fades to nothing."""
+    q = np.full((1, 8), 40.0, np.float32)
+    k = np.full((1, 8), 1.0, np.float32)
+    pools = [np.full((2, 1, BLOCK, 8), -1.0, np.float32), np.full((2, 1, BLOCK, 8), 5.0, np.float32)]
+    numbers = [np.array(each, np.int32) for each in ([40], [0, 1], [0, 1], [0, 2])]
+    given = [q, k, np.full((1, 8), 7.0, np.float32), *pools, *numbers, np.ones(1, np.uint8), np.array([0, 1], np.int32)]
+    np.testing.assert_allclose(run(operator(factory, 1, 1, 8, 1.0), given), np.full((1, 8), 7.0))
