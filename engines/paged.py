@@ -340,8 +340,8 @@ class PagedDrafter(Paged):
 
 
 def _twice(features: int, mask: Bools) -> Bools:
-    """``[m + 2n, m + 2n]``: the block's second rows see the features and, as the mask says, its first rows. The others see none:
-    nothing is asked of them."""
+    """``[m + 2n, m + 2n]``: the block's second rows see the features and, as the mask says, its first rows. Nothing is asked of
+    the others: they see none."""
     n = len(mask)
     sees = np.zeros((features + 2 * n,) * 2, bool)
     sees[features + n :, :features] = True

@@ -59,7 +59,7 @@ def expected(q, k, v, past, masks, lengths, scale):
     return out
 
 
-# Lengths of the past and rows of the call: N = 1, nothing before it, both sides of a block's border, a long past, many sequences.
+# Lengths of the past, and rows of the call: N = 1, nothing before it, both sides of a block's border, many sequences.
 CASES = [([0], [1]), ([31], [1]), ([32], [2]), ([33], [8]), ([700], [12]), ([0, 5, 64, 0], [3, 1, 40, 1]), ([100] * 5, [1] * 5)]
 
 
