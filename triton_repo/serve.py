@@ -38,6 +38,7 @@ NOISE = (
     "unable to create stream for ensemble: CUDA driver version is insufficient",
     "no pinned memory pool, falling back to non-pinned system memory",
     "Signal (15) received",
+    "Non-graceful termination detected",
 )
 
 

@@ -159,14 +159,16 @@ struct EightBits {
     static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
                          __m256 (&out)[R][TILES]) {
         __m256i part[R][TILES];
-        for (size_t pair = 0; pair < Block / 2; pair++) {
-            __m256i codes[TILES];
-            for (size_t t = 0; t < TILES; t++)
-                codes[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair)));
+        for (size_t pair = 0; pair < Block / 2; pair += 2) {
+            __m256i first[TILES], second[TILES];
+            for (size_t t = 0; t < TILES; t++) {
+                first[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair)));
+                second[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair + 16)));
+            }
             for (size_t r = 0; r < R; r++) {
-                const __m256i a = repeated(x + r * depth + 2 * pair);
+                const __m256i a = repeated(x + r * depth + 2 * pair), b = repeated(x + r * depth + 2 * pair + 2);
                 for (size_t t = 0; t < TILES; t++) {
-                    const __m256i sum = _mm256_madd_epi16(codes[t], a);
+                    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first[t], a), _mm256_madd_epi16(second[t], b));
                     part[r][t] = pair ? _mm256_add_epi32(part[r][t], sum) : sum;
                 }
             }
