@@ -4,7 +4,8 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# What is never imported is never compiled to bytecode.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 # The server that a PyPI package ships, alone and aside: what it depends on would pull our own packages back by years.
 TRITON := nvidia-pytriton==0.7.0
 # PyTorch gives and takes back tens of megabytes a step; glibc keeps them instead of asking the kernel each time.
@@ -41,19 +42,22 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; name one with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/demo.stamp: pyproject.toml Makefile | $(VENV)/bin/python
+$(VENV)/tritonserver: | $(VENV)/bin/python
+	@test -n "$$(command -v tritonserver)" || $(PIP) --no-deps --target $@ $(TRITON)
+
+$(VENV)/demo.stamp: pyproject.toml Makefile | $(VENV)/tritonserver
 	@echo "installing into $(VENV); the first time this takes some minutes"
 	$(PIP) -e ".[cpu,export,gateway]"
-	@test -n "$$(command -v tritonserver)" || test -d $(VENV)/tritonserver || $(PIP) --no-deps --target $(VENV)/tritonserver $(TRITON)
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	@echo "installing what the tests need"
+# All that the demo needs is among it.
+$(VENV)/test.stamp: pyproject.toml Makefile | $(VENV)/tritonserver
+	@echo "installing into $(VENV) what the tests need; the first time this takes some minutes"
 	$(PIP) -e ".[cpu,export,train,dev]"
 	@test -n "$$(command -v promtool)" || ! command -v apt-get >/dev/null || { cd $(VENV) && apt-get download -qq prometheus && \
 		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 -C bin ./usr/bin/promtool && rm prometheus_*.deb; } || \
 		echo "without promtool Prometheus's rules are not checked"
-	@touch $@
+	@touch $@ $(VENV)/demo.stamp
 
 clean:
 	rm -rf build $(VENV)

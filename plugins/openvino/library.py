@@ -25,7 +25,7 @@ def name() -> str:
     """The library's file name, by all that it follows from."""
     import openvino
 
-    made_from = [openvino.__version__, platform.machine(), *OPTIONS, *((PLUGINS / source).read_text() for source in SOURCES)]
+    made_from = [openvino.__version__, platform.machine(), *OPTIONS, *((PLUGINS / source).read_bytes() for source in SOURCES)]
     return f"operators-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
 
 
