@@ -25,6 +25,7 @@ Precision = str
 ROUNDED = 32
 SIZES = (1, 8, 4, 16, 12, 2, 24, 32)  # rows of calls that get a form of their own, the most useful first
 FORMS = 1 / 8  # of the memory that is free, for their weights
+BLOCKS = 64  # of the pool for each row of such a call; one with longer sequences takes the form for any number
 STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met
 
 
@@ -51,7 +52,8 @@ class OpenVinoGraph:
     """A graph in OpenVINO, compiled once for any number of rows, and once for each of a target's usual ones.
 
     A call of another shape than the one before it works out the shapes of a thousand nodes anew, which takes as long as three
-    more rows; where the number of rows stands fast there is nothing to work out (docs/engines.md).
+    more rows; where the number of rows stands fast there is nothing to work out (docs/engines.md). With our attention nothing
+    else changes its shape there either: what is told of sequences and blocks lies in buffers as large as the rows can need.
 
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
@@ -71,6 +73,7 @@ class OpenVinoGraph:
         self._ov, self._core = ov, ov.Core()
         for extension in openvino_operators.extensions(ov, info, precision, operators):
             self._core.add_extension(extension)
+        self._fixed = openvino_operators.attends(info, precision, operators)
         path = folder / "paged.onnx"
         self._options = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -93,6 +96,7 @@ class OpenVinoGraph:
         forms = 0 if info.mask_id >= 0 else int(FORMS * free_memory() / max(weights, 1))
         self.sizes = tuple(sorted(SIZES[:forms]))
         self._requests: dict[int, Any] = {}
+        self._buffers: dict[int, dict[str, NDArray]] = {}  # of forms whose shapes are all fixed, by rows: what a call is told
         try:
             self._model = self._core.read_model(path)
             for binding in self._model.inputs:
@@ -108,10 +112,15 @@ class OpenVinoGraph:
         """What runs calls of so many rows, or with 0 of any number; compiled when it is first asked for."""
         if rows not in self._requests:
             model = self._model.clone()
-            model.reshape({binding: _shape(binding, self.info, rows) for binding in model.inputs})
+            sizes = _most(rows) if rows and self._fixed else {}
+            blocks = self.cache.shape[1] if self._fixed else -1
+            model.reshape({binding: _shape(binding, self.info, rows, sizes, blocks) for binding in model.inputs})
             request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             for name, tensor in self._held.items():
                 request.set_tensor(name, tensor)
+            if sizes:
+                told = [binding.get_any_name() for binding in model.inputs if binding.get_any_name() not in self._held]
+                self._buffers[rows] = {name: request.get_tensor(name).data.reshape(-1) for name in told}
             self._requests[rows] = request
         return self._requests[rows]
 
@@ -128,20 +137,39 @@ class OpenVinoGraph:
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
         rows = len(inputs["asked"]) if self.sizes else 0
         alike = rows in self.sizes and rows == inputs["token_ids"].shape[1]
-        request = self._request(rows if alike else 0)
-        for name, value in inputs.items():
-            request.set_tensor(name, self._ov.Tensor(value, shared_memory=bool(value.size and value.ndim)))
+        fits = not self._fixed or len(inputs["block_indices"]) <= rows * BLOCKS
+        request = self._request(rows if alike and fits else 0)
+        if alike and fits and self._fixed:
+            for name, buffer in self._buffers[rows].items():
+                buffer[: inputs[name].size] = inputs[name].reshape(-1)
+        else:
+            for name, value in inputs.items():
+                request.set_tensor(name, self._ov.Tensor(value, shared_memory=bool(value.size and value.ndim)))
         request.infer()
         return {name: request.get_tensor(name).data for name in self._outputs}
 
 
-def _shape(binding: Any, info: GraphInfo, rows: int) -> Any:
+def _most(rows: int) -> dict[str, int]:
+    """Sizes of what is told of sequences, if there may be as many as rows."""
+    return {
+        "past_lens": rows,
+        "subsequence_begins": rows + 1,
+        "block_indices": rows * BLOCKS,
+        "block_indices_begins": rows + 1,
+        "qq_bias": rows * rows,
+        "qq_bias_begins": rows + 1,
+    }
+
+
+def _shape(binding: Any, info: GraphInfo, rows: int, sizes: dict[str, int], blocks: int) -> Any:
     """A binding's, as far as it is known: one row of tokens, as many as ``rows`` or any number, and blocks of a pool."""
     name, shape = binding.get_any_name(), binding.get_partial_shape()
     if name.removeprefix("past_") in info.cache_bindings:
-        shape[2] = BLOCK
+        shape[0], shape[2] = blocks, BLOCK
     elif name in ("token_ids", "positions", "features", "block_ids"):
         shape[0] = 1
     if rows and name in ("token_ids", "positions", "asked"):
         shape[len(shape) - 1] = rows
+    if name in sizes:
+        shape[0] = sizes[name]
     return shape

@@ -36,8 +36,12 @@ def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -
     if library is not None:
         factory = NodeFactory()
         factory.add_extension(library)
-    attends = factory if precision == "f32" and info.head_dim % LANES == 0 else None  # the kernel's floats and registers
-    return [attention(ov, info, attends), block_matmul(ov, factory)]
+    return [attention(ov, info, factory if attends(info, precision, library) else None), block_matmul(ov, factory)]
+
+
+def attends(info: GraphInfo, precision: str, library: Path | None) -> bool:
+    """Whether attention is the project's own operator, too: it has floats, in whole registers."""
+    return library is not None and precision == "f32" and info.head_dim % LANES == 0
 
 
 def attention(ov: Any, info: GraphInfo, factory: Any) -> Any:

@@ -62,7 +62,7 @@ private:
 };
 
 // Inputs: q [R, H · D], k, v [R, Hkv · D], and what export/paged_graph.py tells of sequences and blocks. The pool, an input, is
-// written to.
+// written to. What is told may lie in larger buffers: sequences end where all rows are theirs.
 class CascadeAttention : public ov::op::Op {
 public:
     OPENVINO_OP("CascadeAttention", "d2sd");
@@ -97,7 +97,8 @@ public:
         a.past_v = const_cast<float*>(inputs[4].data<const float>());
         a.lengths = numbers(5), a.begins = numbers(6), a.blocks = numbers(7), a.block_begins = numbers(8);
         a.mask = inputs[9].data<const uint8_t>(), a.mask_begins = numbers(10);
-        a.sequences = inputs[5].get_size();
+        const int32_t rows = static_cast<int32_t>(inputs[0].get_shape()[0]);
+        while (a.begins[a.sequences] < rows) a.sequences++;
         a.heads = static_cast<size_t>(m_heads), a.kv_heads = static_cast<size_t>(m_kv_heads);
         a.dim = inputs[3].get_shape().back();
         a.scale = static_cast<float>(m_scale), a.out = outputs[0].data<float>();
