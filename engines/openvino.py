@@ -85,12 +85,14 @@ class OpenVinoGraph:
         kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
         shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
         self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
-        # A request does not keep alive what it reads in place.
+        # A request does not keep alive what it reads in place. Our attention needs to know where a pool begins, no more: while it
+        # compiles OpenVINO takes memory of its own for all that a shape names.
+        shown = self.cache[:, :1] if self._fixed else self.cache
         self._held = {
             f"past_{name}": ov.Tensor(rows, list(rows.shape), kind)
             if precision == "bf16"
             else ov.Tensor(rows, shared_memory=True)
-            for name, rows in zip(info.cache_bindings, self.cache, strict=True)
+            for name, rows in zip(info.cache_bindings, shown, strict=True)
         }
         weights = sum(file.stat().st_size for file in folder.glob("*.data"))
         forms = 0 if info.mask_id >= 0 else int(FORMS * free_memory() / max(weights, 1))
@@ -113,8 +115,10 @@ class OpenVinoGraph:
         if rows not in self._requests:
             model = self._model.clone()
             sizes = _most(rows) if rows and self._fixed else {}
-            blocks = self.cache.shape[1] if self._fixed else -1
-            model.reshape({binding: _shape(binding, self.info, rows, sizes, blocks) for binding in model.inputs})
+            shapes = {binding.get_any_name(): _shape(binding, self.info, rows, sizes) for binding in model.inputs}
+            if self._fixed:
+                shapes |= {name: self._ov.PartialShape(list(tensor.shape)) for name, tensor in self._held.items()}
+            model.reshape(shapes)
             request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             for name, tensor in self._held.items():
                 request.set_tensor(name, tensor)
@@ -161,15 +165,15 @@ def _most(rows: int) -> dict[str, int]:
     }
 
 
-def _shape(binding: Any, info: GraphInfo, rows: int, sizes: dict[str, int], blocks: int) -> Any:
+def _shape(binding: Any, info: GraphInfo, rows: int, sizes: dict[str, int]) -> Any:
     """A binding's, as far as it is known: one row of tokens, as many as ``rows`` or any number, and blocks of a pool."""
     name, shape = binding.get_any_name(), binding.get_partial_shape()
     if name.removeprefix("past_") in info.cache_bindings:
-        shape[0], shape[2] = blocks, BLOCK
+        shape[2] = BLOCK
     elif name in ("token_ids", "positions", "features", "block_ids"):
         shape[0] = 1
     if rows and name in ("token_ids", "positions", "asked"):
         shape[len(shape) - 1] = rows
-    if name in sizes:
+    elif name in sizes:
         shape[0] = sizes[name]
     return shape

@@ -61,8 +61,8 @@ private:
     bool m_half = true;
 };
 
-// Inputs: q [R, H · D], k, v [R, Hkv · D], and what export/paged_graph.py tells of sequences and blocks. The pool, an input, is
-// written to. What is told may lie in larger buffers: sequences end where all rows are theirs.
+// Inputs: q [R, H · D], k, v [R, Hkv · D], and what export/paged_graph.py tells of sequences and blocks. The pool, an input that may
+// show no more than its first block, is written to. What is told may lie in larger buffers: sequences end where all rows are theirs.
 class CascadeAttention : public ov::op::Op {
 public:
     OPENVINO_OP("CascadeAttention", "d2sd");
