@@ -85,8 +85,8 @@ class OpenVinoGraph:
         kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
         shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
         self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
-        # A request does not keep alive what it reads in place. Our attention needs to know where a pool begins, no more: while it
-        # compiles OpenVINO takes memory of its own for all that a shape names.
+        # A request does not keep alive what it reads in place. Our attention needs to know where a pool begins, no more: while
+        # it compiles, OpenVINO takes memory of its own for all that a shape names.
         shown = self.cache[:, :1] if self._fixed else self.cache
         self._held = {
             f"past_{name}": ov.Tensor(rows, list(rows.shape), kind)
