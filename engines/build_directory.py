@@ -133,6 +133,7 @@ class BuildDirectory:
             "runtime": target.runtime,
             "steps": costs.steps(target),
             "engines": {name: recorded["key"] for name, recorded in graphs.items()},
+            "operators": sorted(file.name for file in (self.path / "operators").glob("*.so")),
         }
         file = self.path / "costs.json"
         known = None if again else costs.load(file, identity)

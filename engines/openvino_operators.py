@@ -4,6 +4,7 @@ Its own for attention is the paged attention that GenAI serves with. That operat
 the release is pinned.
 """
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,17 @@ KERNELS = ("avx2", "fma", "f16c")  # what ours need
 
 
 def usable(library: Path) -> bool:
-    """Whether the project's own operators are there, and are the faster ones here."""
-    return library.exists() and has(*KERNELS) and not any(map(has, WIDE))
+    """Whether the project's own operators are there, load, and are the faster ones here."""
+    if not library.exists() or not has(*KERNELS) or any(map(has, WIDE)):
+        return False
+    try:
+        ctypes.CDLL(str(library))  # OpenVINO, which it needs, is loaded
+    except OSError as error:
+        print(
+            f"operators: {error}; OpenVINO's own serve, at about half the speed, until the build is made again here", flush=True
+        )
+        return False
+    return True
 
 
 def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -> list[Any]:

@@ -124,3 +124,14 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
     with pytest.raises(library.CompileError, match="for x86, not aarch64"):
         library.compiled(tmp_path)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_of_another_machine_is_left_alone(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(openvino_operators, "has", lambda *features: "avx2" in features)
+    broken = tmp_path / "operators.so"
+    assert not openvino_operators.usable(broken)
+    broken.write_bytes(b"no library")
+    assert not openvino_operators.usable(broken)
+    said = capsys.readouterr().out
+    assert said.startswith(f"operators: {broken}: ")
+    assert said.endswith("OpenVINO's own serve, at about half the speed, until the build is made again here\n")
