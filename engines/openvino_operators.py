@@ -142,16 +142,14 @@ def block_matmul(ov: Any, factory: Any) -> Any:
         x, *tensors = (node.get_input(i) for i in range(node.get_input_size()))
         given = iter(tensors)
         matrices = [[next(given) for _ in range(2 + has)] for has in node.get_attribute("has_minima")]
-        if factory is not None:
-            packed = [_packed(ov, *matrix) for matrix in matrices]
-            forms = {(each.bits, each.block, each.half) if each else None for each in packed}
-            if len(forms) == 1 and None not in forms:
-                return _in_one(op, factory, x, packed)
-            return [
-                _in_one(op, factory, x, [own])[0] if own else _in_own_operators(op, x, *matrix)
-                for own, matrix in zip(packed, matrices, strict=True)
-            ]
-        return [_in_own_operators(op, x, *matrix) for matrix in matrices]
+        packed = [_packed(ov, *matrix) if factory is not None else None for matrix in matrices]
+        forms = {(each.bits, each.block, each.half) if each else None for each in packed}
+        if len(forms) == 1 and None not in forms:
+            return _in_one(op, factory, x, packed)
+        return [
+            _in_one(op, factory, x, [own])[0] if own else _in_own_operators(op, x, *matrix)
+            for own, matrix in zip(packed, matrices, strict=True)
+        ]
 
     return ConversionExtension("BlockMatMul", "d2sd", convert)
 

@@ -12,6 +12,6 @@ Several matrices may meet the same x: codes, scales and minima of each follow, a
 whether it has the last, and each has a y.
 
 ``kernel.hpp`` multiplies codes with codes on x86 with AVX2, ``reference.py`` says what it must give, ``packed.py`` in what
-order it takes the weights, and ``library.py`` compiles it into an operator of OpenVINO's. Graphs have the operator only where
-OpenVINO reads them (``export/paged_graph.py``); every other runtime gets ONNX's ``DequantizeLinear``.
+order it takes the weights, and ``plugins/openvino`` compiles it into an operator of OpenVINO's. Graphs have the operator only
+where OpenVINO reads them (``export/paged_graph.py``); every other runtime gets ONNX's ``DequantizeLinear``.
 """

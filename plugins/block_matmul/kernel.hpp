@@ -81,8 +81,7 @@ AVX2 void round_group(const float* x, Code* codes, float* scale, float* sum) {
 }
 
 template <typename Code>
-AVX2_TARGET inline void round_row(const float* x, size_t depth, Code* codes, float* scales,
-                                                               float* sums) {
+AVX2_TARGET inline void round_row(const float* x, size_t depth, Code* codes, float* scales, float* sums) {
     for (size_t group = 0; group < depth / GROUP; group++)
         round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
 }
@@ -185,8 +184,7 @@ struct EightBits {
 
 // R rows by TILES · 8 columns.
 template <typename Form, size_t Block, size_t R>
-AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth,
-                                                   size_t row, size_t column) {
+AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth, size_t row, size_t column) {
     const size_t blocks = depth / Block, groups = depth / GROUP;
     __m256 out[R][TILES];
     for (auto& sums : out)

@@ -9,84 +9,84 @@
 
 namespace d2sd {
 
-// Inputs: x [.., K] f32, and packed matrices of one form, bytes; an output for each.
-class BlockMatMul : public ov::op::Op {
+// What both have in common; settings are a graph's attributes.
+template <typename Self, typename Settings>
+class Operator : public ov::op::Op {
 public:
-    OPENVINO_OP("BlockMatMul", "d2sd");
-
-    BlockMatMul() = default;
-
-    void validate_and_infer_types() override {
-        auto shape = get_input_partial_shape(0);
-        for (size_t i = 0; i < m_columns.size(); i++) {
-            shape[shape.size() - 1] = m_columns[i];
-            set_output_type(i, ov::element::f32, shape);
-        }
-    }
-
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto copy = std::make_shared<BlockMatMul>();
-        copy->m_columns = m_columns, copy->m_bits = m_bits, copy->m_block = m_block, copy->m_half = m_half;
+        auto copy = std::make_shared<Self>();
+        copy->m = m;
         copy->set_arguments(inputs);
         copy->constructor_validate_and_infer_types();
         return copy;
     }
 
-    bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("columns", m_columns);
-        visitor.on_attribute("bits", m_bits);
-        visitor.on_attribute("block", m_block);
-        visitor.on_attribute("half", m_half);
-        return true;
+    bool has_evaluate() const override { return true; }
+
+protected:
+    Settings m;
+};
+
+struct Form {
+    std::vector<int64_t> columns;  // of each matrix
+    int64_t bits = 4, block = 32;
+    bool half = true;
+};
+
+struct Heads {
+    int64_t heads = 1, kv_heads = 1;
+    double scale = 1.0;
+};
+
+// Inputs: x [.., K] f32, and packed matrices of one form, bytes; an output for each.
+class BlockMatMul : public Operator<BlockMatMul, Form> {
+public:
+    OPENVINO_OP("BlockMatMul", "d2sd");
+
+    void validate_and_infer_types() override {
+        auto shape = get_input_partial_shape(0);
+        for (size_t i = 0; i < m.columns.size(); i++) {
+            shape[shape.size() - 1] = m.columns[i];
+            set_output_type(i, ov::element::f32, shape);
+        }
     }
 
-    bool has_evaluate() const override { return true; }
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("columns", m.columns);
+        visitor.on_attribute("bits", m.bits);
+        visitor.on_attribute("block", m.block);
+        visitor.on_attribute("half", m.half);
+        return true;
+    }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         ov::Shape shape = inputs[0].get_shape();
         const size_t depth = shape.back();
         std::vector<Matrix> matrices;
-        for (size_t i = 0; i < m_columns.size(); i++) {
-            shape.back() = static_cast<size_t>(m_columns[i]);
+        for (size_t i = 0; i < m.columns.size(); i++) {
+            shape.back() = static_cast<size_t>(m.columns[i]);
             outputs[i].set_shape(shape);
             matrices.push_back({inputs[i + 1].data<const uint8_t>(), shape.back(), outputs[i].data<float>()});
         }
-        multiply(inputs[0].data<const float>(), inputs[0].get_size() / depth, depth, matrices, m_bits, m_block, m_half);
+        multiply(inputs[0].data<const float>(), inputs[0].get_size() / depth, depth, matrices, m.bits, m.block, m.half);
         return true;
     }
-
-private:
-    std::vector<int64_t> m_columns;  // of each matrix
-    int64_t m_bits = 4, m_block = 32;
-    bool m_half = true;
 };
 
 // Inputs: q [R, H · D], k, v [R, Hkv · D], and what export/paged_graph.py tells of sequences and blocks. The pool, an input that may
 // show no more than its first block, is written to. What is told may lie in larger buffers: sequences end where all rows are theirs.
-class CascadeAttention : public ov::op::Op {
+class CascadeAttention : public Operator<CascadeAttention, Heads> {
 public:
     OPENVINO_OP("CascadeAttention", "d2sd");
 
-    CascadeAttention() = default;
-
     void validate_and_infer_types() override { set_output_type(0, ov::element::f32, get_input_partial_shape(0)); }
 
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto copy = std::make_shared<CascadeAttention>();
-        copy->m_heads = m_heads, copy->m_kv_heads = m_kv_heads, copy->m_scale = m_scale;
-        copy->set_arguments(inputs);
-        copy->constructor_validate_and_infer_types();
-        return copy;
-    }
-
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
-        visitor.on_attribute("heads", m_heads);
-        visitor.on_attribute("kv_heads", m_kv_heads);
-        visitor.on_attribute("scale", m_scale);
+        visitor.on_attribute("heads", m.heads);
+        visitor.on_attribute("kv_heads", m.kv_heads);
+        visitor.on_attribute("scale", m.scale);
         return true;
     }
-
-    bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const auto numbers = [&](size_t i) { return inputs[i].data<const int32_t>(); };
@@ -99,16 +99,12 @@ public:
         a.mask = inputs[9].data<const uint8_t>(), a.mask_begins = numbers(10);
         const int32_t rows = static_cast<int32_t>(inputs[0].get_shape()[0]);
         while (a.begins[a.sequences] < rows) a.sequences++;
-        a.heads = static_cast<size_t>(m_heads), a.kv_heads = static_cast<size_t>(m_kv_heads);
+        a.heads = static_cast<size_t>(m.heads), a.kv_heads = static_cast<size_t>(m.kv_heads);
         a.dim = inputs[3].get_shape().back();
-        a.scale = static_cast<float>(m_scale), a.out = outputs[0].data<float>();
+        a.scale = static_cast<float>(m.scale), a.out = outputs[0].data<float>();
         attention(a);
         return true;
     }
-
-private:
-    int64_t m_heads = 1, m_kv_heads = 1;
-    double m_scale = 1.0;
 };
 
 }  // namespace d2sd
