@@ -114,7 +114,7 @@ class BuildDirectory:
         blocks = pool_blocks(limits["kv_memory"], sum(map(block_bytes, infos)), one * limits["sequences"], one)
 
         def make(folder: Path, info: GraphInfo, _: dict[str, Any]) -> Any:
-            graph = OpenVinoGraph(folder, info, precision, blocks + 1, operators)
+            graph = OpenVinoGraph(folder, info, precision, blocks + 1, operators, self.manifest["decoding"]["block_size"])
             return PagedTarget(graph) if info.mask_id < 0 else PagedDrafter(graph)
 
         return make
@@ -131,7 +131,7 @@ class BuildDirectory:
             "form": costs.FORM,
             "machine": costs.machine(),
             "runtime": target.runtime,
-            "steps": costs.steps(target),
+            "steps": [costs.steps(engine) for engine in (target, first, second) if engine is not None],
             "engines": {name: recorded["key"] for name, recorded in graphs.items()},
             "operators": sorted(file.name for file in (self.path / "operators").glob("*.so")),
         }

@@ -31,7 +31,7 @@ PACE = 0.06  # weight of a call in what is known of how slow the machine is at t
 REACH = 0.02  # and in the correction of its own size
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
-FORM = 3  # of the file
+FORM = 4  # of the file
 
 
 @dataclass
@@ -154,9 +154,9 @@ def _fit(engine: Any) -> Callable[[int], int]:
     return fit
 
 
-def steps(target: Any) -> list[int]:
-    """Numbers of rows up to which a target's smaller calls are filled; none where it takes any number."""
-    fit = getattr(target, "fit", None)
+def steps(engine: Any) -> list[int]:
+    """Numbers of rows up to which smaller calls are filled; none where an engine takes any number."""
+    fit = getattr(engine, "fit", None)
     return sorted({fit(n) for n in range(1, 65)}) if fit else []
 
 
@@ -168,10 +168,9 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
         width: F, of the features. most: tokens that a sequence may hold.
     """
     began = time.monotonic()
-    _prepare(target, say)
+    _prepare([target, *drafters], say)
     long = min(LONG, most - max(SIZES) - 1)
     tables = {"target": _table(_TargetCalls(target, most), long)}
-    tables["target"].steps = steps(target)
     say(f"costs: the target is measured, {time.monotonic() - began:.0f} s")
     for name, drafter in zip(("first", "second"), drafters, strict=False):
         tables[name] = _table(_DrafterCalls(drafter, width, most), long)
@@ -181,7 +180,7 @@ def measure(target: Any, drafters: Sequence[Any], width: int, most: int, say: Ca
 
 def meet(target: Any, drafters: Sequence[Any], width: int, most: int, say: Callable[[str], None] = print) -> None:
     """Make the calls that every answer will make, so that the first answer does not wait for what happens only once."""
-    _prepare(target, say)
+    _prepare([target, *drafters], say)
     every: list[Any] = [_TargetCalls(target, most), *(_DrafterCalls(drafter, width, most) for drafter in drafters)]
     for calls in every:
         one = calls.open(1)
@@ -191,10 +190,12 @@ def meet(target: Any, drafters: Sequence[Any], width: int, most: int, say: Calla
         calls.engine.reset()
 
 
-def _prepare(target: Any, say: Callable[[str], None]) -> None:
-    if prepare := getattr(target, "prepare", None):
-        began = time.monotonic()
+def _prepare(engines: Sequence[Any], say: Callable[[str], None]) -> None:
+    began = time.monotonic()
+    usual = [engine.prepare for engine in engines if hasattr(engine, "prepare")]
+    for prepare in usual:
         prepare()
+    if usual:
         say(f"engines: compiled for the usual numbers of rows, {time.monotonic() - began:.0f} s")
 
 
@@ -228,6 +229,7 @@ class _TargetCalls:
 class _DrafterCalls:
     def __init__(self, drafter: Any, width: int, most: int) -> None:
         self.engine, self.width, self.most = drafter, width, most
+        self.least: int = getattr(drafter, "least", 0)
 
     def open(self, number: int) -> int:
         return self.engine.open([number, *[0] * (self.most - 1)], self.most)
@@ -242,6 +244,7 @@ class _DrafterCalls:
 
     def call(self, sequences: Sequence[int], n: int) -> None:
         batch = len(sequences)
+        n -= self.least if n > self.least else 0  # rows that it has anyway
         starts = np.array([self.engine.length(sequence) for sequence in sequences])
         none = self.engine.send(np.zeros((0, self.width), np.float32))
         ids = self.engine.send(np.full((batch, n), self.engine.mask_id))
@@ -301,7 +304,7 @@ def _table(calls: Any, long: int) -> Table:
         calls.fill(all_of_them[-1], short)
     together = len(all_of_them)
     each = more_seconds(all_of_them, 1, [one], together) / (together - 1) if together > 1 else 0.0
-    widths: list[int] = [n for n in (1, 8, 32) if n in flat]
+    widths: list[int] = [n for n in (1, 8, 16, 32) if n in flat]
     far = all_of_them[-1]
     calls.fill(far, long - short)
     # Where there is room for one alone, there is nobody to take turns with.
@@ -309,7 +312,7 @@ def _table(calls: Any, long: int) -> Table:
     context = [gap / max(long - short, 1) for gap in gaps]
     calls.engine.reset()
     seconds_of = [max(flat[n] - short * float(np.interp(n, widths, context)), 1e-6) for n in sizes]
-    return Table(sizes, seconds_of, widths, context, each)
+    return Table(sizes, seconds_of, widths, context, each, steps(calls.engine))
 
 
 def describe(costs: Costs) -> str:

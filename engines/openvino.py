@@ -5,6 +5,7 @@ It reads the ONNX file that ``export/paged_graph.py`` wrote; how it reads the pr
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ Precision = str
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
-SIZES = (1, 8, 4, 16, 12, 2, 24, 32)  # rows of calls that get a form of their own, the most useful first
+Form = tuple[int, int]  # rows of tokens, or of features and then of blocks' tokens; (0, 0) stands for any number
+ANY = (0, 0)
+TARGET = tuple((rows, 0) for rows in (1, 8, 4, 16, 12, 2, 24, 32))  # that get a form of their own, the most useful first
 FORMS = 1 / 8  # of the memory that is free, for their weights
 BLOCKS = 64  # of the pool for each row of such a call; one with longer sequences takes the form for any number
 STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met
@@ -49,7 +52,7 @@ def choose(precision: str) -> Precision:
 
 
 class OpenVinoGraph:
-    """A graph in OpenVINO, compiled once for any number of rows, and once for each of a target's usual ones.
+    """A graph in OpenVINO, compiled once for any number of rows, and once for each of the usual ones.
 
     A call of another shape than the one before it works out the shapes of a thousand nodes anew, which takes as long as three
     more rows; where the number of rows stands fast there is nothing to work out (docs/engines.md). With our attention nothing
@@ -58,15 +61,24 @@ class OpenVinoGraph:
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
         blocks: of the pool, and one more. operators: the library of ``plugins/openvino``; None: OpenVINO's own.
+        block_size: γ of a drafter.
 
     Attributes:
-        sizes: numbers of rows that have a form of their own: as many as memory is left for.
+        forms: numbers of rows that have a form of their own: as many as memory is left for.
 
     Raises:
         EngineError: the file is broken, or of another version of OpenVINO.
     """
 
-    def __init__(self, folder: Path, info: GraphInfo, precision: Precision, blocks: int, operators: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        info: GraphInfo,
+        precision: Precision,
+        blocks: int,
+        operators: Path | None = None,
+        block_size: int = 1,
+    ) -> None:
         ov = require()
         self.info = info
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}" + (", own operators" if operators else "")
@@ -95,56 +107,55 @@ class OpenVinoGraph:
             for name, rows in zip(info.cache_bindings, shown, strict=True)
         }
         weights = sum(file.stat().st_size for file in folder.glob("*.data"))
-        forms = 0 if info.mask_id >= 0 else int(FORMS * free_memory() / max(weights, 1))
-        self.sizes = tuple(sorted(SIZES[:forms]))
-        self._requests: dict[int, Any] = {}
-        self._buffers: dict[int, dict[str, NDArray]] = {}  # of forms whose shapes are all fixed, by rows: what a call is told
+        usual: tuple[Form, ...] = TARGET
+        if info.mask_id >= 0:  # all shapes of a drafter's call are fixed, or none: block by block of a sequence or two
+            usual = ((STEP, block_size), (STEP, 2 * block_size)) if self._fixed else ()
+        self.forms: Sequence[Form] = tuple(sorted(usual[: int(FORMS * free_memory() / max(weights, 1))]))
+        self._requests: dict[Form, Any] = {}
+        self._buffers: dict[Form, dict[str, NDArray]] = {}  # where all shapes are fixed: what a call is told
         try:
             self._model = self._core.read_model(path)
             for binding in self._model.inputs:
                 if binding.get_any_name() in self._held:
                     binding.get_node().set_element_type(kind)
-            self._request(0)
+            self._request(ANY)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise EngineError(f"{path}: OpenVINO cannot load it ({reason}); build again: python export/build.py") from None
-        self._outputs = [output.get_any_name() for output in self._requests[0].model_outputs]
+        self._outputs = [output.get_any_name() for output in self._requests[ANY].model_outputs]
 
-    def _request(self, rows: int) -> Any:
-        """What runs calls of so many rows, or with 0 of any number; compiled when it is first asked for."""
-        if rows not in self._requests:
+    def _request(self, form: Form) -> Any:
+        """What runs calls of a form; compiled when it is first asked for."""
+        if form not in self._requests:
             model = self._model.clone()
-            sizes = _most(rows) if rows and self._fixed else {}
-            shapes = {binding.get_any_name(): _shape(binding, self.info, rows, sizes) for binding in model.inputs}
+            sizes = _sizes(form, told=self._fixed) if form != ANY else {}
+            shapes = {binding.get_any_name(): _shape(binding, self.info, sizes) for binding in model.inputs}
             if self._fixed:
                 shapes |= {name: self._ov.PartialShape(list(tensor.shape)) for name, tensor in self._held.items()}
             model.reshape(shapes)
             request = self._core.compile_model(model, "CPU", self._options).create_infer_request()
             for name, tensor in self._held.items():
                 request.set_tensor(name, tensor)
-            if sizes:
+            if sizes and self._fixed:
                 told = [binding.get_any_name() for binding in model.inputs if binding.get_any_name() not in self._held]
-                self._buffers[rows] = {name: request.get_tensor(name).data.reshape(-1) for name in told}
-            self._requests[rows] = request
-        return self._requests[rows]
+                self._buffers[form] = {name: request.get_tensor(name).data.reshape(-1) for name in told}
+            self._requests[form] = request
+        return self._requests[form]
 
     def prepare(self) -> None:
         """Compile all forms, as many at a time as there are cores: one alone would take one of them."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-            list(workers.map(self._request, self.sizes))
+            list(workers.map(self._request, self.forms))
 
     def fit(self, rows: int) -> int:
-        if self.sizes and rows <= self.sizes[-1]:
-            return next(size for size in self.sizes if size >= rows)
-        return -(-rows // STEP) * STEP
+        most = self.forms[-1][0] if self.forms else 0
+        return next(size for size, _ in self.forms if size >= rows) if rows <= most else -(-rows // STEP) * STEP
 
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
-        rows = len(inputs["asked"]) if self.sizes else 0
-        alike = rows in self.sizes and rows == inputs["token_ids"].shape[1]
-        fits = not self._fixed or len(inputs["block_indices"]) <= rows * BLOCKS
-        request = self._request(rows if alike and fits else 0)
-        if alike and fits and self._fixed:
-            for name, buffer in self._buffers[rows].items():
+        form = self._form(inputs)
+        request = self._request(form)
+        if form in self._buffers:
+            for name, buffer in self._buffers[form].items():
                 buffer[: inputs[name].size] = inputs[name].reshape(-1)
         else:
             for name, value in inputs.items():
@@ -152,28 +163,43 @@ class OpenVinoGraph:
         request.infer()
         return {name: request.get_tensor(name).data for name in self._outputs}
 
+    def _form(self, inputs: dict[str, NDArray]) -> Form:
+        """That a call has."""
+        if "features" in inputs:
+            form = inputs["features"].shape[1], inputs["block_ids"].shape[1]
+        elif len(inputs["asked"]) == inputs["token_ids"].shape[1]:
+            form = len(inputs["asked"]), 0
+        else:
+            return ANY
+        fits = not self._fixed or len(inputs["block_indices"]) <= _attended(form) * BLOCKS
+        return form if form in self.forms and fits else ANY
 
-def _most(rows: int) -> dict[str, int]:
-    """Sizes of what is told of sequences, if there may be as many as rows."""
-    return {
-        "past_lens": rows,
-        "subsequence_begins": rows + 1,
-        "block_indices": rows * BLOCKS,
-        "block_indices_begins": rows + 1,
-        "qq_bias": rows * rows,
-        "qq_bias_begins": rows + 1,
-    }
+
+def _attended(form: Form) -> int:
+    """Rows that attention takes: a drafter's features, and its blocks twice (``paged.PagedDrafter``)."""
+    return form[0] + 2 * form[1]
 
 
-def _shape(binding: Any, info: GraphInfo, rows: int, sizes: dict[str, int]) -> Any:
-    """A binding's, as far as it is known: one row of tokens, as many as ``rows`` or any number, and blocks of a pool."""
+def _sizes(form: Form, *, told: bool) -> dict[str, int]:
+    """Rows in a form's bindings. told: sizes of what is told of sequences and blocks, too, the largest that can be needed."""
+    first, blocks = form
+    rows = _attended(form)
+    sizes = {"features": first, "block_ids": blocks, "positions": first + blocks, "out_rows": blocks}
+    sizes |= {"key_rows": rows, "query_rows": rows, "token_ids": rows, "asked": rows}
+    if told:
+        sizes |= {"past_lens": rows, "subsequence_begins": rows + 1}
+        sizes |= {"block_indices": rows * BLOCKS, "block_indices_begins": rows + 1}
+        sizes |= {"qq_bias": rows * rows, "qq_bias_begins": rows + 1}
+    return sizes
+
+
+def _shape(binding: Any, info: GraphInfo, sizes: dict[str, int]) -> Any:
+    """A binding's, as far as it is known: one row of tokens, as many as ``sizes`` says or any number, and blocks of a pool."""
     name, shape = binding.get_any_name(), binding.get_partial_shape()
     if name.removeprefix("past_") in info.cache_bindings:
         shape[2] = BLOCK
     elif name in ("token_ids", "positions", "features", "block_ids"):
         shape[0] = 1
-    if rows and name in ("token_ids", "positions", "asked"):
-        shape[len(shape) - 1] = rows
-    elif name in sizes:
-        shape[0] = sizes[name]
+    if name in sizes:
+        shape[1 if name == "features" else len(shape) - 1] = sizes[name]
     return shape

@@ -121,6 +121,7 @@ class Graph(Protocol):
 
     info: GraphInfo
     runtime: str
+    forms: Sequence[tuple[int, int]]  # rows of tokens or features, and of blocks, that have a form of their own; rising
     cache: NDArray  # [2·layers, blocks, Hkv, BLOCK, D], K and V of layer 0, of layer 1, …; the last block is no sequence's
 
     def prepare(self) -> None:
@@ -138,7 +139,7 @@ class Paged:
     """Sequences over a graph's pool of blocks. Method contracts: ``decoding/engines.py``."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.runtime = graph, graph.runtime
+        self.graph, self.runtime, self.prepare = graph, graph.runtime, graph.prepare
         self.opened = 0  # a number is never given twice
         self.reset()
 
@@ -242,7 +243,7 @@ class PagedTarget(Paged):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
-        self.fit, self.prepare = graph.fit, graph.prepare
+        self.fit = graph.fit
         self.rows = np.zeros((graph.cache.shape[1], BLOCK, graph.info.feature_width), np.float32)
 
     def forward(
@@ -302,13 +303,22 @@ class PagedDrafter(Paged):
     def mask_id(self) -> int:
         return self.graph.info.mask_id
 
+    @property
+    def least(self) -> int:
+        """Rows of features that a call has at least, filled up."""
+        return self.graph.fit(1)
+
+    def fit(self, rows: int) -> int:
+        """How many rows a call of so many of features and blocks is filled up to."""
+        return next((sum(form) for form in self.graph.forms if sum(form) >= rows), self.graph.fit(rows))
+
     def forward(
         self, sequences: Sequence[int], features: Sequence[Features], block_ids: Ints, positions: Ints, mask: Bools
     ) -> tuple[Ints, Floats]:
         held = [self.held[sequence] for sequence in sequences]
         batch, n = block_ids.shape
         new = [len(own) for own in features]
-        total = self.graph.fit(max(sum(new), 1))  # a graph is never given nothing
+        total = self.graph.fit(max(sum(new), self.least))  # a graph is never given nothing
         more = total - sum(new)
         rows = np.zeros((1, total, self.graph.info.feature_width), np.float32)
         if sum(new):
