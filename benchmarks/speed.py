@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from decoding import ngrams
 from decoding.cycle import Decoder
 from decoding.modes import ModeName
 from decoding.sampling import Sampling
@@ -83,6 +84,7 @@ class Ours:
             branches=options["branches"],
             vocabulary=directory.vocabulary,
             costs=self.costs,
+            ngrams=ngrams.load(directory.ngrams),
         )
 
     def race(self, case: Case, modes: Many[ModeName], seed: int) -> list[dict[str, float]]:

@@ -56,6 +56,8 @@ def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array
         token = choose(depth, node)
         nodes.append(node)
         tokens.append(token)
+        if depth == tree.height:
+            break
         child = (tree.parents == node[:, None]) & (tree.tokens == token[:, None])
         node = xp.where(xp.any(child, axis=-1), xp.argmax(xp.astype(child, xp.int64), axis=-1), GONE)
     return xp.stack(nodes, axis=1), xp.stack(tokens, axis=1)

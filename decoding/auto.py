@@ -7,17 +7,19 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 from numpy.typing import NDArray
 
-from decoding import best_first, boundary, prefix_tree, sources
+from decoding import best_first, boundary, prefix_tree
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
 from decoding.engines import Array, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
-from decoding.modes import MODES
+from decoding.modes import DRAFTED, MODES
+from decoding.ngrams import NGrams
 from decoding.plan import Situation
 from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
+from decoding.sources import Proposer
 from decoding.text import Text
 
 
@@ -29,11 +31,13 @@ class Auto:
         target: TargetEngine,
         planner: Planner,
         text: Text,
+        ngrams: NGrams | None,
         calibration: Calibration,
         first: Follower | None,
         second: Follower | None,
     ) -> None:
-        self.target, self.planner, self.text, self.calibration = target, planner, text, calibration
+        self.target, self.planner, self.calibration = target, planner, calibration
+        self.text, self.ngrams = text, ngrams
         self.first, self.second = first, second
         self.sequences: list[Sequence] = []  # of the cycle
         self.parts: list[tuple[Group, list[int]]] = []  # and their places among these
@@ -50,11 +54,11 @@ class Auto:
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
-        proposed, least = None, bar.node / 2
-        worth: list[float] = []
+        worth, least = list[float](), bar.node / 2
         if self.planner.looks(bar):
             began = time.perf_counter()
             worth = [value for s in own for value in self.text.worth(s, least)]
+            worth += [value for s in own for value in (self.ngrams.worth(s) if self.ngrams else ())]
             self.planner.looked(bar, time.perf_counter() - began)
         silent = self.planner.hopeless(bar, worth)
         if silent and (plan := self.planner.rests(bar)):
@@ -70,21 +74,19 @@ class Auto:
         if silent:
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
-            proposed = self.text.propose(own, least)
-            texts = best_first.grow(here, [proposed], self.reach, self.calibration.factors)
+            feeding: list[Proposer] = [self.ngrams.propose(own)] if self.ngrams else []
+            feeding.append(self.text.propose(own, least))
+            texts = best_first.grow(here, feeding, self.reach, self.calibration.factors, least)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
         alone = [b for b in range(len(own)) if b not in drafted]
         self.parts = []
-        for mode, places in ((MODES["first_text"], drafted), (MODES["lookup"], alone)):
+        for mode, places in ((DRAFTED, drafted), (MODES["free"], alone)):
             if places:
                 group = Group.of(mode, [members[b] for b in places], sequences, anchors, 0)
                 group.nodes = self.reach
-                if mode.drafts:
-                    said = proposed.of(places) if proposed else self.text.propose(group.sequences)
-                    group.text = said.sent(self.target)
-                else:
+                if not mode.drafts:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))
         return [group for group, _ in self.parts]
@@ -97,8 +99,7 @@ class Auto:
         self.before = self.planner.promised(self.now, self.plan)
         shares = np.arange(1, branches + 1) / max(branches, 1)
         if self.known:
-            assert group.text is not None
-            feeding = [sources.first(group.draft), group.text]
+            feeding = group.sources(self.text, self.ngrams, self.target)
             group.tree = best_first.grow(group.anchors, feeding, self.reach, self.calibration.factors)
             self.before[self.plan.drafted] = self._values(group.tree)
             self.planner.saw_drafts(self.now, self.plan, self.before)
@@ -107,7 +108,7 @@ class Auto:
         self.planner.redraft(self.now, self.plan, self.before, shares)
         if self.plan.branches:
             self.share = float(shares[self.plan.branches - 1])
-            group.mode, group.branches, group.tree = MODES["pooled"], self.plan.branches, None
+            group.mode, group.branches, group.tree = MODES["all"], self.plan.branches, None
 
     def cut(self, trees: Many[PrefixTree]) -> list[PrefixTree]:
         """Leave of the trees of the groups of ``begin`` the nodes that are worth their time."""

@@ -7,15 +7,16 @@ n best of all at the end: as many operations on arrays as there are depths.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_namespace
 
 from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
-from decoding.sources import Source
+from decoding.sources import Option, Proposer, Row, Source
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,22 @@ class Options:
     origins: Array
 
 
-def grow(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
+def grow(anchors: Array, sources: Sequence[Any], nodes: int, factors: Array, least: float = 0.0) -> PrefixTree:
     """The trees of the most valuable nodes, in the order of their values.
 
     Args:
-        anchors: ``[B]`` int64. sources: one at least.
+        anchors: ``[B]`` int64. sources: one at least; in the host's memory any ``Proposer``, on a device ``Source``.
         nodes: N, the anchor among them. factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
+        least: in the host's memory, of a node's value.
     """
     if is_numpy_namespace(array_namespace(anchors)):
-        return _by_queue(anchors, sources, nodes, factors)
+        return _by_queue(anchors, sources, nodes, factors, least)
     return _by_depth(anchors, sources, nodes, factors)
 
 
-def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
+def _by_queue(anchors: Array, sources: Sequence[Proposer], nodes: int, factors: Array, least: float) -> PrefixTree:
     corrected = factors.T.tolist()
-    proposes = np.any([source.probabilities[:, 0].any(-1) for source in sources], axis=0).tolist()
-    grown = [
-        _Queue(sources, b, corrected).take(anchor, nodes) if proposes[b] else [_root(anchor)]
-        for b, anchor in enumerate(anchors.tolist())
-    ]
+    grown = [_Queue(sources, b, corrected).take(anchor, nodes, least) for b, anchor in enumerate(anchors.tolist())]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
     tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))
@@ -61,24 +59,21 @@ def _by_queue(anchors: Array, sources: Sequence[Source], nodes: int, factors: Ar
     return PrefixTree(tokens, parents, depths, mask, values, origins, counts, int(depths.max()))
 
 
-Option = tuple[float, int, int]  # probability, token, origin
-
-
 class _Queue:
     """The paths behind which something is proposed for one sequence, the best proposal of each in a heap."""
 
-    def __init__(self, sources: Sequence[Source], b: int, factors: list[list[float]]) -> None:
+    def __init__(self, sources: Sequence[Proposer], b: int, factors: list[list[float]]) -> None:
         """factors: by depth, then by origin."""
         self.sources, self.b, self.factors = sources, b, factors
-        self.rows: dict[tuple[int, int], _Row] = {}
-        self.known: dict[tuple[int, ...], list[Option]] = {}
+        self.rows: dict[tuple[int, Hashable], Row] = {}
+        self.known: dict[tuple[Hashable, int], list[Option]] = {}
 
-    def take(self, anchor: int, nodes: int) -> list[tuple[int, int, int, float, int]]:
+    def take(self, anchor: int, nodes: int, least: float) -> list[tuple[int, int, int, float, int]]:
         """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
-        taken = [_root(anchor)]
-        start = (0,) * len(self.sources)
+        taken = [(anchor, -1, 0, 1.0, 0)]
+        start = tuple([source.start(self.b) for source in self.sources])
         heap = [(-p, 0, 0, start) for p, _, _ in self.options(start, 1)[:1]]  # value, node, number of its option, states
-        while heap and heap[0][0] < 0 and len(taken) < nodes:
+        while heap and heap[0][0] < -least and len(taken) < nodes:
             negative, parent, number, states = heap[0]
             value, depth = taken[parent][3], taken[parent][2] + 1
             options = self.options(states, depth)
@@ -94,14 +89,14 @@ class _Queue:
                 heapq.heappush(heap, (negative * p, node, 0, states))
         return taken
 
-    def row(self, source: int, state: int) -> "_Row":
+    def row(self, source: int, state: Hashable) -> Row:
         if (source, state) not in self.rows:
-            self.rows[source, state] = _Row(self.sources[source], self.b, state)
+            self.rows[source, state] = self.sources[source].row(self.b, state)
         return self.rows[source, state]
 
-    def options(self, states: tuple[int, ...], depth: int) -> list[Option]:
+    def options(self, states: tuple[Hashable, ...], depth: int) -> list[Option]:
         """What is proposed at a depth, likeliest first; joined as ``_joined`` does."""
-        if states not in self.known:
+        if (states, depth) not in self.known:
             proposals = [row.options for j, state in enumerate(states) if (row := self.row(j, state)).options]
             joined = proposals[0] if proposals else []
             for other in proposals[1:]:
@@ -114,27 +109,8 @@ class _Queue:
                 joined = both + [(p * left, token, origin) for token, (p, origin) in theirs.items()]
             factor = self.factors[min(depth, len(self.factors) - 1)]
             corrected = [(p * factor[by] / (1 - p + p * factor[by]), token, by) for p, token, by in joined]
-            self.known[states] = sorted(corrected, key=_likelihood)
-        return self.known[states]
-
-
-def _root(anchor: int) -> tuple[int, int, int, float, int]:
-    return anchor, -1, 0, 1.0, 0
-
-
-class _Row:
-    """A state of a source."""
-
-    def __init__(self, source: Source, b: int, state: int) -> None:
-        self.source, self.spot = source, (b, state)
-        self.tokens: list[int] = source.tokens[self.spot].tolist()
-        proposed = zip(source.probabilities[self.spot].tolist(), self.tokens, source.origins[self.spot].tolist(), strict=True)
-        self.options: list[Option] = [option for option in proposed if option[0] > 0]
-
-    def after(self, token: int) -> int:
-        if token in self.tokens:
-            return int(self.source.after[self.spot][self.tokens.index(token)])
-        return int(self.source.otherwise[self.spot])
+            self.known[states, depth] = sorted(corrected, key=_likelihood)
+        return self.known[states, depth]
 
 
 def _likelihood(option: Option) -> float:

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
+from numpy.typing import NDArray
 
 from decoding import acceptance, prefix_tree, trace
 from decoding.acceptance import GONE, Walk
@@ -18,6 +19,7 @@ from decoding.drafting import Drafting
 from decoding.engines import Array, Costs, DrafterEngine, Pass, TargetEngine
 from decoding.follower import Follower
 from decoding.modes import ModeName, Redraft, Selection
+from decoding.ngrams import NGrams
 from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sampling import Sampling
@@ -35,6 +37,7 @@ class Decoder:
         mode: of sequences that name none.
         block_size: γ. branches: K. rows: of a best-first tree, the anchor among them.
         vocabulary: V, from which ``random_redraft`` draws. costs: of the engines' calls, by which ``auto`` plans.
+        ngrams: None where there is no table.
 
     Attributes:
         verified: tokens of the last cycle, pieces of prompts aside. walks: what became of its trees.
@@ -55,6 +58,7 @@ class Decoder:
         selection: Selection = "confidence",
         redraft: Redraft = "exclusive",
         costs: Costs | None = None,
+        ngrams: NGrams | None = None,
     ) -> None:
         self.target, self.costs = target, costs
         self.numbers: dict[Sequence, int] = {}
@@ -72,6 +76,7 @@ class Decoder:
             selection=selection,
             redraft=redraft,
             costs=costs,
+            ngrams=ngrams,
         )
 
     @property
@@ -155,29 +160,27 @@ class Decoder:
 
     def walk(self, sequences: Many[Sequence], tree: PrefixTree, verified: Pass, others: int) -> list[Walk]:
         """Commit what the target says (``acceptance.walk``). others: sequences of the pass behind these."""
-        xp = array_namespace(tree.tokens)
         sampling = [*(s.sampling for s in sequences), *[Sampling()] * others]
         uniforms = np.zeros((len(sampling), tree.height + 1))
-        uniforms[: len(sequences)] = [s.uniforms(tree.height + 1) for s in sequences]
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.temperature:
+                uniforms[row] = sequence.uniforms(tree.height + 1)
         drawn, none = self.target.send(uniforms), self.target.send(np.full(others, GONE))
 
         def choose(depth: int, nodes: Array) -> Array:
-            return verified.choose(xp.concat([nodes, none]), sampling, drawn[:, depth])[: len(sequences)]
+            rows = array_namespace(nodes).concat([nodes, none]) if others else nodes
+            return verified.choose(rows, sampling, drawn[:, depth])[: len(sequences)]
 
         found = acceptance.walk(tree, choose)
-        scaled = xp.astype(tree.values * VALUE_ONE, xp.int64)
-        parts = [*found, tree.tokens, tree.parents, tree.depths, tree.origins, scaled]
-        # The one time that a cycle waits for a device.
-        read = self.target.read(xp.concat(parts, axis=1))
-        columns = np.split(read, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+        parts = [*found, tree.tokens, tree.parents, tree.depths, tree.origins, tree.values]
+        columns = [part.tolist() for part in self._read(parts)]
         walks = []
         for b, sequence in enumerate(sequences):
-            nodes, tokens, own, parents, depths, origins, value = (part[b].tolist() for part in columns)
+            nodes, tokens, own, parents, depths, origins, values = (part[b] for part in columns)
             accepted = [node for node in nodes if node >= 0]
             said = tokens[: len(accepted)]
             said = said[: sequence.commit(said)]
             sequence.count(tree.counts[b] - 1, len(said))
-            values = [v / VALUE_ONE for v in value]
             walks.append(Walk(sequence, accepted, said, own, parents, depths, origins, values))
         return walks
 
@@ -186,6 +189,17 @@ class Decoder:
         self.target.keep(rows)
         for sequence in sequences:
             sequence.computed = self.target.length(self.numbers[sequence])
+
+    def _read(self, parts: Many[Array]) -> list[NDArray]:
+        """Integers and, the last of them, probabilities; in one array, because a device is waited for once a cycle."""
+        if self.host:
+            return list(parts)
+        *parts, values = parts
+        xp = array_namespace(values)
+        parts = [*parts, xp.astype(values * VALUE_ONE, xp.int64)]
+        read = self.target.read(xp.concat(parts, axis=1))
+        *columns, scaled = np.split(read, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+        return [*columns, scaled / VALUE_ONE]
 
     def _score(self, walks: Many[Walk], verified: Pass) -> None:
         """Note what the target says of the tokens that were committed."""

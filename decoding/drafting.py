@@ -5,7 +5,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 from array_api_compat import array_namespace
 
-from decoding import best_first, branches, prefix_tree, sources
+from decoding import best_first, branches, prefix_tree
 from decoding.acceptance import Walk
 from decoding.auto import Auto
 from decoding.calibration import Calibration
@@ -15,11 +15,12 @@ from decoding.engines import Array, Costs, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
 from decoding.modes import MODES, Mode, ModeName, Redraft, Selection
+from decoding.ngrams import NGrams
 from decoding.plan import Plan
 from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
-from decoding.sources import FIRST, SECOND, Source
+from decoding.sources import FIRST, SECOND
 from decoding.text import Text
 
 
@@ -40,17 +41,18 @@ class Drafting:
         selection: Selection,
         redraft: Redraft,
         costs: Costs | None,
+        ngrams: NGrams | None,
     ) -> None:
         self.target, self.first, self.second, self.clock = target, first, second, clock
         self.mode, self.branches, self.rows, self.vocabulary = mode, branches, rows, vocabulary
         self.selection, self.redraft = selection, redraft
-        self.text = Text()
+        self.text, self.ngrams = Text(), ngrams
         self.calibration = Calibration()
         self.planned = False
         self.auto: Auto | None = None
         if costs:
             planner = Planner(costs, first.block_size if first else 1, branches if second else 0, drafts=first is not None)
-            self.auto = Auto(target, planner, self.text, self.calibration, first, second)
+            self.auto = Auto(target, planner, self.text, ngrams, self.calibration, first, second)
 
     @property
     def plan(self) -> tuple[Many[Sequence], Plan] | None:
@@ -145,18 +147,10 @@ class Drafting:
         if group.tree is not None:
             return group.tree
         factors = self.target.send(self.calibration.factors)
-        return best_first.grow(group.anchors, self._sources(group), group.nodes or self.rows, factors)
-
-    def _sources(self, group: Group) -> list[Source]:
-        """What feeds a best-first tree."""
-        feeding = []
-        if group.redrafts is not None:
-            feeding.append(sources.redrafted(group.draft, group.redrafts))
-        elif group.mode.drafts:
-            feeding.append(sources.first(group.draft))
-        if "text" in group.mode.sources:
-            feeding.append(group.text or self.text.propose(group.sequences).sent(self.target))
-        return feeding
+        feeding = group.sources(self.text, self.ngrams, self.target)
+        if not feeding:  # n-grams alone, and no table of them
+            return prefix_tree.merge(group.anchors, group.anchors[:, None, None][..., :0])
+        return best_first.grow(group.anchors, feeding, group.nodes or self.rows, factors)
 
     def _whole(self, group: Group) -> Array:
         """The branches that a mode without a best-first tree verifies, ``[b, W, γ-1]``."""

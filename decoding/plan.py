@@ -20,7 +20,8 @@ class Plan:
             nothing else in the target's pass.
         probing: whether it drafts or redrafts to find out.
         promised: tokens that its nodes' values sum to. expected: that it should commit.
-        seconds: that it should take at the machine's usual pace. pace: how many times as long it takes at the moment.
+        seconds: that it should take at the machine's usual pace. calls: of these, its engines' calls alone.
+        pace: how many times as long it takes at the moment.
     """
 
     drafted: list[int]
@@ -32,6 +33,7 @@ class Plan:
     promised: float = 0.0
     expected: float = 0.0
     seconds: float = 0.0
+    calls: float = 0.0
     pace: float = 1.0
 
     @property
@@ -69,7 +71,7 @@ class Bar:
 
     Attributes:
         until: the cycle. sequences: how many. others: rows of the pass that are not theirs.
-        seconds: of a plain cycle. alone: of one without those rows.
+        seconds: of a plain cycle. calls: of these, the target's call alone. alone: of one without those rows.
         least: tokens that the first 1, 2, … nodes must be worth together. node: that one must be worth to be among the most
             valuable that pay, about.
     """
@@ -78,6 +80,7 @@ class Bar:
     sequences: int
     others: int
     seconds: float
+    calls: float
     alone: float
     least: list[float]
     node: float

@@ -28,12 +28,12 @@ from decoding.sequence import Sequence
 Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of a tree, most valuable first
 
 NODES = 48  # of a tree, at most
-MARGIN = 0.08  # of a cycle's tokens: a step must promise more than that beyond what it costs
-RISK = 0.15  # that seconds beyond a plain cycle's count for more: estimates err, and the best of many errs upwards
+MARGIN = 0.03  # of a cycle's tokens: a step must promise more than that beyond what it costs
+RISK = 0.05  # that seconds beyond a plain cycle's count for more: estimates err, and the best of many errs upwards
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
 LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
-LOOKING = 0.005  # share of the time that texts may be looked up for where it was in vain
+LOOKING = 0.01  # share of the time that texts may be looked up for where it was in vain
 VAIN, SELDOM = 32, 4  # how often it must have been; then it is done every so many cycles
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
@@ -104,7 +104,9 @@ class Planner:
             least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
             least *= max(1.0, promised / max(kept, 1e-6))
             node = float((least / np.arange(1, LOOK + 1)).min())
-            bar = self.bars[sequences] = Bar(self.cycles + REST, sequences, others, plain, alone, least.tolist(), node)
+            bar = self.bars[sequences] = Bar(
+                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node
+            )
         return bar
 
     def looks(self, bar: Bar) -> bool:
@@ -133,7 +135,7 @@ class Planner:
         if not self._rests(where):
             return None
         plan = Plan([], nodes=[1] * bar.sequences, where=where, alone=not bar.others)
-        plan.expected, plan.seconds, plan.pace = float(bar.sequences), bar.seconds, self.costs.pace
+        plan.expected, plan.seconds, plan.calls, plan.pace = float(bar.sequences), bar.seconds, bar.calls, self.costs.pace
         return plan
 
     def begin(self, now: Situation) -> Plan:
@@ -193,12 +195,14 @@ class Planner:
         plan.pace = self.costs.pace
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
-            plan.seconds = self._bar(now).seconds
+            bar = self._bar(now)
+            plan.seconds, plan.calls = bar.seconds, bar.calls
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
         best = self._verify(now, values, spent, "redraft" if plan.branches else "draft")
         plan.nodes, plan.expected, plan.seconds, plan.promised = best.nodes, best.expected, best.seconds, best.promised
+        plan.calls = plan.seconds / self.beside[len(values)][plan.kind]
         self.reach = min(NODES, max(self.reach - 1, 8, max(best.nodes) * 3 // 2 + 4))
 
     def learn(self, plan: Plan, came: int, seconds: float | None) -> None:
@@ -215,10 +219,9 @@ class Planner:
             self.kept[trusted] = kept * fading + came - len(plan.nodes), promised * fading + plan.promised
         if seconds is not None and plan.seconds:
             self.off.append(seconds / (plan.pace * plan.seconds))
-            ratio = min(max(self.off[-1], 0.5), 2.0)
             beside = self.beside[len(plan.nodes)]
-            learned = beside[plan.kind] * (1 + BESIDE_MEMORY * (ratio - 1))
-            beside[plan.kind] = min(max(learned, BESIDE_LEAST), BESIDE_MOST)
+            seen = min(max(seconds / (plan.pace * plan.calls), BESIDE_LEAST), BESIDE_MOST)
+            beside[plan.kind] += BESIDE_MEMORY * (seen - beside[plan.kind])
         self.expected += plan.expected
         self.came += came
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)

@@ -1,15 +1,45 @@
 """Where the tokens of a tree come from: each source is an automaton that proposes tokens and says how likely they are."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from decoding.drafts import Draft, Redrafts
 from decoding.engines import Array, Sequences
 
-ORIGINS = ("first", "second", "text")  # who proposes a token: bit i of an origin is ORIGINS[i]
-FIRST, SECOND, TEXT = (1 << i for i in range(len(ORIGINS)))
+ORIGINS = ("first", "second", "text", "ngrams")  # who proposes a token: bit i of an origin is ORIGINS[i]
+FIRST, SECOND, TEXT, NGRAMS = (1 << i for i in range(len(ORIGINS)))
+Option = tuple[float, int, int]  # probability, token, origin
+STATES, OPTIONS = 34, 4  # of a trie that a device is sent
+
+
+class Row(Protocol):
+    """A state of a source: what it proposes, and where each token leads."""
+
+    @property
+    def options(self) -> list[Option]: ...
+
+    def after(self, token: int) -> Hashable: ...
+
+
+class Proposer(Protocol):
+    """A source in the host's memory: states may be whatever it likes, and are looked at one by one.
+
+    Attributes:
+        height: tokens that a path of proposals is worth following for.
+    """
+
+    @property
+    def height(self) -> int: ...
+
+    def start(self, b: int) -> Hashable:
+        """The state of sequence b in front of the first token."""
+
+    def row(self, b: int, state: Any) -> Row: ...
 
 
 @dataclass(frozen=True)
@@ -33,17 +63,52 @@ class Source:
     origins: Array
     height: int
 
-    def of(self, rows: Sequence[int]) -> "Source":
-        """Those of some of the sequences, in the host's memory."""
-        tables = (self.tokens, self.probabilities, self.after, self.otherwise, self.origins)
-        tokens, probabilities, after, otherwise, origins = (x[list(rows)] for x in tables)
-        return Source(tokens, probabilities, after, otherwise, origins, self.height)
+    def start(self, b: int) -> int:
+        return 0
+
+    def row(self, b: int, state: int) -> "SourceRow":
+        return SourceRow(self, b, state)
 
     def sent(self, memory: Sequences) -> "Source":
         """From the host's memory into an engine's."""
         tables = (self.tokens, self.probabilities, self.after, self.otherwise, self.origins)
         tokens, probabilities, after, otherwise, origins = map(memory.send, tables)
         return Source(tokens, probabilities, after, otherwise, origins, self.height)
+
+
+class SourceRow:
+    """A state of a source's tables."""
+
+    def __init__(self, source: Source, b: int, state: int) -> None:
+        self.source, self.spot = source, (b, state)
+        self.tokens: list[int] = source.tokens[self.spot].tolist()
+        proposed = zip(source.probabilities[self.spot].tolist(), self.tokens, source.origins[self.spot].tolist(), strict=True)
+        self.options: list[Option] = [option for option in proposed if option[0] > 0]
+
+    def after(self, token: int) -> int:
+        if token in self.tokens:
+            return int(self.source.after[self.spot][self.tokens.index(token)])
+        return int(self.source.otherwise[self.spot])
+
+
+def spread(proposer: Proposer, batch: int) -> Source:
+    """A source's likeliest paths as arrays, which a device can be sent: a trie for each sequence, its states the nodes."""
+    shape = (batch, STATES, OPTIONS)
+    tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)  # state 1 is the end
+    probabilities, origins = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int64)
+    for b in range(batch):
+        queue: list[tuple[float, int, int, Row]] = [(-1.0, 0, 0, proposer.row(b, proposer.start(b)))]  # value, state, depth
+        number = 2
+        while queue:
+            negative, state, depth, row = heapq.heappop(queue)
+            for option, (p, token, origin) in enumerate(row.options[:OPTIONS]):
+                where = b, state, option
+                tokens[where], probabilities[where], origins[where] = token, p, origin
+                if number < STATES and depth + 1 < proposer.height:
+                    after[where] = number
+                    heapq.heappush(queue, (negative * p, number, depth + 1, proposer.row(b, row.after(token))))
+                    number += 1
+    return Source(tokens, probabilities, after, np.ones(shape[:2], dtype=np.int64), origins, proposer.height)
 
 
 def first(draft: Draft) -> Source:

@@ -1,12 +1,11 @@
 """The text as a source: what followed the longest earlier match of its last tokens (docs/method.md §4)."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from decoding.sequence import Sequence
-from decoding.sources import TEXT, Source
+from decoding.sources import TEXT
 
 SIZES = (4, 3, 2, 1)  # tokens of a match that is looked up; a longer one is found by growing it
 PLACES = 4  # latest ends of each n-gram that are remembered
@@ -134,34 +133,21 @@ class Text:
                 found.append(value)
         return found
 
-    def propose(self, sequences: Many[Sequence], least: float = 0.0) -> Source:
-        """What earlier matches propose, in the host's memory: a trie of each sequence's continuations, its states the nodes.
+    def propose(self, sequences: Many[Sequence], least: float = 0.0) -> "TextSource":
+        """What earlier matches propose.
 
         Args:
-            least: where no node is worth as much, nothing is proposed.
+            least: as in ``look``.
         """
-        states = 2 + CONTINUATIONS * HEIGHT  # the anchor, the end, and a node for each token
-        shape = (len(sequences), states, CONTINUATIONS)
-        tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)
-        probabilities = np.zeros(shape, dtype=np.float32)
-        for b, sequence in enumerate(sequences):
-            node, continuations = 2, self.look(sequence, least)
-            own = self.open[sequence][1]
-            if not any(self._rate(own, each.rate(each.left or 0)) >= least for each in continuations):
-                continue
-            for option, continuation in enumerate(continuations):
-                state = 0
-                for depth, token in enumerate(continuation.tokens):
-                    if depth < (continuation.left or 0):
-                        state = int(after[b, state, 0])
-                        continue
-                    where = (b, state, option if depth == continuation.left else 0)
-                    tokens[where], after[where], probabilities[where] = token, node, self._rate(own, continuation.rate(depth))
-                    state, node = node, node + 1
-        # Two continuations together can't be likelier than certain.
-        probabilities /= np.maximum(probabilities.sum(-1, keepdims=True), 1)
-        otherwise = np.ones(shape[:2], dtype=np.int64)
-        return Source(tokens, probabilities, after, otherwise, np.full(shape, TEXT, dtype=np.int64), HEIGHT)
+        return TextSource([[*self._rated(s, least)] for s in sequences])
+
+    def _rated(self, sequence: Sequence, least: float) -> Iterator["Rated"]:
+        """Continuations, and from where each goes its own way how likely its tokens are."""
+        continuations = self.look(sequence, least)
+        own = self.open[sequence][1]
+        for each in continuations:
+            start = each.left or 0
+            yield Rated(each.tokens, start, [self._rate(own, each.rate(depth)) for depth in range(start, HEIGHT)])
 
     def learn(self, sequence: Sequence, said: Many[int]) -> None:
         """Take note of what the target said behind the anchor of the last proposal."""
@@ -173,6 +159,50 @@ class Text:
         row, place = spot
         everywhere = self.hits.right[row][place] / self.hits.tried[row][place]
         return (own.right[row][place] + OWN_WEIGHT * everywhere) / (own.tried[row][place] + OWN_WEIGHT)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A continuation. probabilities: of its tokens from ``start`` on; those before an earlier continuation says, too."""
+
+    tokens: list[int]
+    start: int
+    probabilities: list[float]
+
+
+class TextSource:
+    """Continuations of B texts. A state: those that are followed still, and for how many tokens. Contract:
+    ``sources.Proposer``."""
+
+    height = HEIGHT
+
+    def __init__(self, texts: list[list[Rated]]) -> None:
+        self.texts = texts
+
+    def start(self, b: int) -> tuple[int, ...]:
+        return (0, *range(len(self.texts[b])))
+
+    def row(self, b: int, state: tuple[int, ...]) -> "TextRow":
+        depth, *followed = state
+        return TextRow(depth, {number: self.texts[b][number] for number in followed} if depth < HEIGHT else {})
+
+
+class TextRow:
+    """A state."""
+
+    def __init__(self, depth: int, followed: dict[int, Rated]) -> None:
+        self.depth, self.followed = depth, followed
+        proposed = [
+            (each.probabilities[depth - each.start], each.tokens[depth], TEXT)
+            for each in followed.values()
+            if depth >= each.start
+        ]
+        total = sum(p for p, _, _ in proposed)
+        # Two continuations together can't be likelier than certain.
+        self.options = proposed if total <= 1 else [(p / total, token, origin) for p, token, origin in proposed]
+
+    def after(self, token: int) -> tuple[int, ...]:
+        return (self.depth + 1, *(number for number, each in self.followed.items() if each.tokens[self.depth] == token))
 
 
 class TextIndex:

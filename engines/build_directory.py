@@ -12,6 +12,8 @@ from engines.dense import DenseEngine, Drafter, Target
 from engines.engine import GraphInfo
 from engines.memory import pool_blocks
 
+NGRAMS = "ngrams.npz"
+
 
 class BuildDirectoryError(RuntimeError):
     """The directory cannot be served; the message says why and what to do."""
@@ -61,6 +63,11 @@ class BuildDirectory:
     def vocabulary(self) -> int:
         """V, of the target."""
         return int(self.manifest["graphs"]["target"]["info"]["vocabulary"])
+
+    @property
+    def ngrams(self) -> Path | None:
+        """The table of what the target usually says next (``decoding.ngrams``), if the pipeline names one."""
+        return self.path / NGRAMS if self.manifest["decoding"].get("ngrams") else None
 
     def load(self) -> tuple[Any, Any, Any]:
         """Load the target and, if the pipeline has them, both drafters on the configured runtime; None for those it lacks.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,13 @@ Seconds = NDArray[np.float64]
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
+TURNS = 8  # of the calls, those of few rows in all of them
 TOGETHER = 4  # sequences of the call that says what a further one takes
 PACE = 0.06  # weight of a call in what is known of how slow the machine is at the moment, which all calls share
 REACH = 0.02  # and in the correction of its own size
 LEARNED = 8  # calls between two uses of it
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
-FORM = 4  # of the file
+FORM = 5  # of the file
 
 
 @dataclass
@@ -80,6 +82,13 @@ class Table:
         seconds: Seconds = self._factor[known] * (self._base[known] + context * each + max(sequences - 1, 0) * self.sequence)
         return seconds * (np.maximum(rows, LOOKED_UP) / LOOKED_UP)
 
+    def once(self, rows: int, sequences: int, context: int) -> float:
+        """Seconds of one call. Beside every call of an engine: on its own an array's way takes a hundredth of that call."""
+        known = min(rows, LOOKED_UP)
+        each = float(np.interp(known / max(sequences, 1), self._widths, self._context))
+        seconds = float(self._base[known]) + context * each + max(sequences - 1, 0) * self.sequence
+        return float(self._factor[known]) * seconds * (max(rows, LOOKED_UP) / LOOKED_UP)
+
     def correct(self, rows: int, ratio: float) -> None:
         """A call took so many times as long as was expected."""
         self._correction *= 1 + self._near[min(rows, LOOKED_UP)] * (ratio - 1)
@@ -107,7 +116,7 @@ class Costs:
     def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
         table = self.tables[engine]
         # One that was held up by something else counts as twice what was expected, at most.
-        ratio = min(max(seconds / max(self.pace * float(table(np.asarray(rows), sequences, context)), 1e-6), 0.5), 2.0)
+        ratio = min(max(seconds / max(self.pace * table.once(rows, sequences, context), 1e-6), 0.5), 2.0)
         self.pace = min(max(self.pace * (1 + PACE * (ratio - 1)), 0.2), 5.0)
         table.correct(rows, ratio)
 
@@ -268,6 +277,9 @@ def _table(calls: Any, long: int) -> Table:
 
     def once(sequences: Sequence[int], n: int) -> float:
         calls.call(sequences[:1], 1)  # as in serving, where calls of a size are seldom alike in a row
+        return timed(sequences, n)
+
+    def timed(sequences: Sequence[int], n: int) -> float:
         start = time.perf_counter()
         calls.call(sequences, n)
         return time.perf_counter() - start
@@ -285,19 +297,24 @@ def _table(calls: Any, long: int) -> Table:
     one = calls.open(1)
     calls.fill(one, min(SHORT, long))
     short = calls.engine.length(one)
-    times: dict[int, list[float]] = {}
+    met = []
     for n in sizes:
         try:
             calls.call([one], n)  # a shape that was never met takes longer
         except EngineError:  # an engine that was built for no call as large
             break
-        times[n] = []
-    for turn in range(4):
-        for n in times:
-            if turn < 2 or n <= 32:
-                times[n].append(once([one], n))
-    flat = {n: sorted(took)[(len(took) - 1) // 2] for n, took in times.items()}
-    sizes = list(flat)
+        met.append(n)
+    sizes = met
+    # The machine's moments differ by more than neighbouring sizes do: each call is timed beside one of the smallest size.
+    smallest: list[float] = []
+    ratios: dict[int, list[float]] = {n: [] for n in sizes}
+    for turn in range(TURNS):
+        for n in sizes:
+            if turn < (TURNS if n <= 16 else TURNS // 2 if n <= 32 else 2):
+                smallest.append(timed([one], sizes[0]))
+                ratios[n].append(timed([one], n) / smallest[-1])
+    base = median(smallest)
+    flat = {n: base * median(ratios[n]) for n in sizes}
     all_of_them = [one]
     while len(all_of_them) < TOGETHER and calls.engine.room(calls.most):
         all_of_them.append(calls.open(len(all_of_them) + 1))

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
 
+from decoding.ngrams import NGrams, NGramsError
+from engines.build_directory import NGRAMS
 from export import tensorrt_build
 from export.config import Backend, CompiledBackend, Pipeline, UserError, load
 from export.paged_graph import write_paged
@@ -63,6 +65,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     from export.sources import open_sources  # PyTorch takes seconds that --help and a bad file need not wait for
 
     began = time.monotonic()
+    ngrams = _ngrams(pipeline)
     sources = open_sources(pipeline)
     shapes = {graph: _profiles(pipeline, sources, graph) if compiled else {} for graph in sources.graphs}
     keys = {graph: _key(pipeline, sources, graph, shapes[graph]) for graph in sources.graphs}
@@ -95,12 +98,29 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             return
         if pipeline.engine.backend == "openvino":
             _add_operators(output / "operators")
+        if ngrams is not None:
+            if ngrams.vocabulary != (known := sources.config.vocab_size):
+                raise BuildError(
+                    f"decoding.ngrams: found a table for {ngrams.vocabulary} tokens, allowed: the target's {known}"
+                )
+            ngrams.write(output / NGRAMS)
         with replacing(output / "model_repository") as partial:
             write_repository(partial)
         with replacing(output / "tokenizer") as partial:
             sources.copy_tokenizer(partial)
         write_json(output / "manifest.json", _manifest(pipeline, sources, output))
     print(f"{output}: ready after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _ngrams(pipeline: Pipeline) -> NGrams | None:
+    """The table of n-grams, if the pipeline names one."""
+    file = pipeline.decoding.ngrams
+    if file is None:
+        return None
+    try:
+        return NGrams.read(Path(file))
+    except NGramsError as error:
+        raise BuildError(f"decoding.ngrams: {error}; python -m training.ngrams makes one") from None
 
 
 def _add_operators(place: Path) -> None:

@@ -16,7 +16,7 @@ CompiledBackend = Literal["tensorrt", "tensorrt_rtx"]
 Backend = Literal["openvino", "onnxruntime", CompiledBackend]
 Weights = Literal["auto", "f32", "int8", "int4"]
 DrafterWeights = Literal["auto", "f32", "int8", "int4"]
-ALONE: tuple[ModeName, ...] = ("auto", "lookup", "autoregressive")  # what can be decoded without drafters
+ALONE: tuple[ModeName, ...] = ("auto", "free", "ngrams", "lookup", "autoregressive")  # what can be decoded without drafters
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -53,6 +53,9 @@ class DecodingSection(Section):
     """How a cycle drafts and verifies (docs/method.md)."""
 
     mode: ModeName = "auto"
+    ngrams: str | None = Field(
+        None, min_length=1, description="table of what the target usually says next; made by training.ngrams"
+    )
     block_size: int | None = Field(None, ge=2, le=64, description="γ; left out: what the first drafter was trained with")
     branches: int = Field(4, ge=1, le=16, description="K, redrafted branches a cycle")
     selection: Selection = Field(
@@ -170,6 +173,8 @@ class Pipeline(Section):
 
     @model_validator(mode="after")
     def _drafted(self) -> "Pipeline":
+        if self.decoding.mode == "ngrams" and self.decoding.ngrams is None:
+            raise ValueError("decoding.mode ngrams with a table of them in decoding.ngrams (training.ngrams makes one)")
         if self.drafters is None and self.decoding.mode not in ALONE:
             raise ValueError(f"drafters for decoding.mode {self.decoding.mode}, or decoding.mode {', '.join(ALONE)}")
         return self

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from client import Client, Options
+from decoding import ngrams
 from decoding.cycle import Decoder
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
@@ -80,6 +81,7 @@ def decode(directory, prompts, tokens, mode, together=8):
         vocabulary=directory.vocabulary,
         redraft=options["redraft"],
         costs=costs,
+        ngrams=ngrams.load(directory.ngrams),
     )
     scheduler = Scheduler(decoder, together, costs)
     ends = frozenset(directory.manifest["end_ids"])

@@ -13,7 +13,7 @@ from decoding.modes import MODES
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from engines.sampling import distribution
-from tests.decoding.toys import VOCABULARY, OnDevice, ToyCosts, ToyDrafter, ToyTarget, logits_after
+from tests.decoding.toys import VOCABULARY, OnDevice, ToyCosts, ToyDrafter, ToyTarget, logits_after, ngrams
 
 
 def decoder(mode="d2sd", *, vocabulary=VOCABULARY, costs=None, ragged=True, remembers=0, device=False, **options):
@@ -21,7 +21,7 @@ def decoder(mode="d2sd", *, vocabulary=VOCABULARY, costs=None, ragged=True, reme
     drafters = [ToyDrafter(target, noise, seed, remembers=remembers) for noise, seed in ((0.7, 1), (0.5, 2))]
     if device:
         target, *drafters = map(OnDevice, (target, *drafters))
-    options = {"block_size": 5, "branches": 3} | options
+    options = {"block_size": 5, "branches": 3, "ngrams": ngrams(vocabulary)} | options
     return Decoder(target, *drafters, mode=mode, vocabulary=vocabulary, costs=costs or ToyCosts(), **options)
 
 

@@ -118,7 +118,7 @@ def test_what_is_expected_comes():
 def test_drafting_comes_back():
     """A bad stretch, in which drafts are worth nothing, does not end speculation for good."""
     costs = ToyCosts(base=1.0, step=0.2, width=8, first=0.2, second=0.2)
-    made = decoder("auto", costs=costs)
+    made = decoder("auto", costs=costs, ngrams=None)
     own = made.drafting.auto.planner
     own.first[:] = 0.0
     sequence = Sequence([1, 2], 1500)

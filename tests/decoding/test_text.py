@@ -56,15 +56,24 @@ def test_a_source_is_a_trie_of_continuations():
     text = Text()
     sequence = Sequence([1, 2, 5, 6, 7, 1, 2, 5, 8, 9, 1, 2], 5)
     source = text.propose([sequence, Sequence([1, 2, 3], 4)])
-    (root,) = np.flatnonzero(source.tokens[0, 0] == 5)
-    state = source.after[0, 0, root]
-    assert sorted(source.tokens[0, state].tolist()) == [6, 8]
-    assert (source.probabilities >= 0).all()
-    assert (source.probabilities.sum(-1) <= 1.0001).all()
-    assert not source.probabilities[1].any()
-    end = source.otherwise[0, state]
-    assert set(source.tokens[0, end].tolist()) == {-1}
-    assert source.otherwise[0, end] == end
+    root = source.row(0, source.start(0))
+    assert [token for _, token, _ in root.options] == [5]
+    fork = source.row(0, root.after(5))
+    assert sorted(token for _, token, _ in fork.options) == [6, 8]
+    assert sum(p for p, _, _ in fork.options) <= 1.0001
+    assert [token for _, token, _ in source.row(0, fork.after(6)).options] == [7]
+    assert source.row(0, fork.after(4)).options == []
+    assert source.row(1, source.start(1)).options == []
+
+
+def test_a_continuation_ends():
+    text = Text()
+    source = text.propose([Sequence([1, 2, 1, 2], 5)])
+    state = source.start(0)
+    for _ in range(HEIGHT):
+        ((_, token, _),) = source.row(0, state).options
+        state = source.row(0, state).after(token)
+    assert source.row(0, state).options == []
 
 
 def test_what_matches_are_worth_is_learned():
@@ -79,7 +88,8 @@ def test_what_matches_are_worth_is_learned():
     true, false = said([1, 2, 3, 4], [1, 2]), said([1, 2, 3, 4], [1, 2])
 
     def believed(sequence):
-        return float(text.propose([sequence]).probabilities[0, 0].max())
+        source = text.propose([sequence])
+        return max(p for p, _, _ in source.row(0, source.start(0)).options)
 
     before = believed(true)
     text.propose([false])

@@ -11,18 +11,20 @@ from decoding.clock import Clock
 from decoding.modes import MODES
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
-from decoding.sources import FIRST, SECOND, TEXT
+from decoding.sources import FIRST, NGRAMS, SECOND, TEXT
 from decoding.trace import Trace
 from tests.decoding.test_lossless import decoder, greedy_oracle, run
 from tests.decoding.toys import ToyCosts
+from tests.decoding.toys import ngrams as table
 
 PROMPT = [1, 2, 3, 1, 2]
+TABLE = table()
 CHEAP = ToyCosts(width=64, first=0.01, second=0.01)  # drafts and redrafts pay
 
 
-def traced(mode, count=30, device=False, others=0, costs=CHEAP, **sampling):
+def traced(mode, count=30, device=False, others=0, costs=CHEAP, ngrams=TABLE, **sampling):
     """A trace, its sequence, and each cycle's walk and laps as the decoder left them."""
-    made = decoder(mode, costs=costs, device=device)
+    made = decoder(mode, costs=costs, device=device, ngrams=ngrams)
     sequence = Sequence(PROMPT, count, Sampling(**sampling), trace=Trace(mode))
     seen, cycle = [], made.cycle
 
@@ -85,17 +87,22 @@ def test_who_proposes_what():
     origins = {mode: {o for c in traced(mode)[0].cycles for o in c.origins[1:]} for mode in MODES if mode != "auto"}
     assert origins["autoregressive"] == set()
     assert origins["lookup"] == {TEXT}
+    assert origins["ngrams"] == {NGRAMS}
+    assert {TEXT, NGRAMS} < origins["free"]
     for mode in ("dflash", "runner_up", "naive_samples", "dflash_twice", "ddtree"):
         assert origins[mode] == {FIRST}
     assert origins["random_redraft"] == origins["fixed_redraft"] == {FIRST, 0}
     assert origins["d2sd"] == origins["first_second"] == {FIRST, SECOND}
     assert {FIRST, SECOND, TEXT} < origins["pooled"]
+    assert {bit for bit in (FIRST, SECOND, TEXT, NGRAMS) for origin in origins["all"] if origin & bit} == {1, 2, 4, 8}
 
 
 def test_what_auto_chose():
     dear = ToyCosts(first=3.0, second=3.0)
     cycles = [
-        c for costs in (CHEAP, ToyCosts(width=64, first=0.05, second=3.0), dear) for c in traced("auto", costs=costs)[0].cycles
+        c
+        for costs in (CHEAP, ToyCosts(width=64, first=0.05, second=3.0), dear)
+        for c in traced("auto", costs=costs, ngrams=None)[0].cycles
     ]
     assert {cycle.choice.kind for cycle in cycles} >= {"redraft", "draft", "plain"}
     for cycle in cycles:

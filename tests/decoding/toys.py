@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from decoding.ngrams import NGrams, key
 from engines.sampling import choose, log_probabilities
 
 VOCABULARY = 5
@@ -251,3 +252,18 @@ def _host(x):
 
 
 NUMPY = torch.Tensor.numpy
+
+
+def ngrams(vocabulary: int = VOCABULARY, order: int = 2, seed: int = 0, beyond: int = 0) -> NGrams:
+    """A table of random contexts. beyond: a token of the first row, which the vocabulary has not."""
+    rng = np.random.default_rng(seed)
+    contexts = [()]
+    for size in range(1, order + 1):
+        contexts += [c for c in np.ndindex(*[vocabulary] * size) if c[1:] in contexts and rng.random() < 0.7]
+    width = min(3, vocabulary)
+    tokens = np.array([rng.permutation(vocabulary)[:width] for _ in contexts], np.int32)
+    odds = -np.sort(-rng.random((len(contexts), width + 1)), axis=-1)
+    probabilities = (odds / odds.sum(-1, keepdims=True))[:, :width].astype(np.float16)
+    tokens[0, 0] += beyond
+    keys = np.array([key(context, vocabulary) for context in contexts], np.int64)
+    return NGrams(vocabulary, order, keys, tokens, probabilities)

@@ -16,7 +16,8 @@ from tests.engines.conftest import RUNTIMES
 
 
 def scheduler(engines, mode, slots=3):
-    return Scheduler(Decoder(*engines, mode=mode, block_size=6, branches=3, vocabulary=300, costs=toys.ToyCosts()), slots)
+    about = {"block_size": 6, "branches": 3, "vocabulary": 300, "costs": toys.ToyCosts(), "ngrams": toys.ngrams(300, 1)}
+    return Scheduler(Decoder(*engines, mode=mode, **about), slots)
 
 
 def generate(model, prompt, count):

@@ -15,6 +15,7 @@ from export import build as builder
 from export.build import GRAPHS, BuildError, build, main
 from export.config import load
 from tests import shared, tiny
+from tests.decoding import toys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,3 +188,20 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error == f'error: {file}: decoding.branches: found "many", allowed: a valid integer\n'
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        (None, r"decoding\.ngrams: .*table\.npz: not a table of n-grams \(.*\); python -m training\.ngrams makes one"),
+        (5, r"decoding\.ngrams: found a table for 5 tokens, allowed: the target's 300"),
+    ],
+)
+def test_a_table_of_ngrams_that_is_not_the_targets(pipeline, vocabulary, message):
+    table = pipeline / "table.npz"
+    if vocabulary:
+        toys.ngrams(vocabulary).write(table)
+    options = load(pipeline / "pipeline.yaml")
+    options = options.model_copy(update={"decoding": options.decoding.model_copy(update={"ngrams": str(table)})})
+    with pytest.raises(BuildError, match=message):
+        build(options, pipeline / "build")

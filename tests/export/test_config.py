@@ -27,14 +27,15 @@ def test_the_published_schema_is_current():
         ),
         (
             GOOD + "decoding: {brnches: 1}",
-            "decoding.brnches: unknown key; allowed: mode, block_size, branches, selection, redraft",
+            "decoding.brnches: unknown key; allowed: mode, ngrams, block_size, branches, selection, redraft",
         ),
         (GOOD + "decoding: {branches: 99}", "decoding.branches: found 99, allowed: less than or equal to 16"),
         (GOOD + "decoding: {branches: '4'}", 'decoding.branches: found "4", allowed: a valid integer'),
         (
             GOOD + "decoding: {mode: fast}",
-            'decoding.mode: found "fast", allowed: auto, autoregressive, lookup',
+            'decoding.mode: found "fast", allowed: auto, autoregressive, lookup, ngrams',
         ),
+        (GOOD + "decoding: {mode: ngrams}", "allowed: decoding.mode ngrams with a table of them in decoding.ngrams"),
         (GOOD + "engine: {providers: [cpu, tpu]}", 'engine.providers.1: found "tpu", allowed: cuda, cpu'),
         (
             GOOD + "engine: {precision: f16}",
@@ -63,7 +64,7 @@ def test_the_published_schema_is_current():
         (GOOD + "training: {learning_rate: .nan}", "training.learning_rate: found NaN, allowed: a finite number"),
         (
             "target: {checkpoint: a}\ndecoding: {mode: d2sd}",
-            "allowed: drafters for decoding.mode d2sd, or decoding.mode auto, lookup, autoregressive",
+            "allowed: drafters for decoding.mode d2sd, or decoding.mode auto, free, ngrams, lookup, autoregressive",
         ),
         ("target: {checkpoint: a}\ndrafters: {first: b}", "drafters.second: missing, required"),
         ("drafters: {first: b}\ntarget: {}", "target.checkpoint: missing, required (a Hugging Face id"),

@@ -7,13 +7,14 @@ import re
 import pytest
 import yaml
 
+from decoding.ngrams import load as load_ngrams
 from engines.build_directory import BuildDirectory
 from export import checkpoints
 from export.build import build
 from export.config import load
 from export.prompts import read_prompts
 from tests import tiny
-from training import calibrate, compose, corpus, german, train
+from training import calibrate, compose, corpus, german, ngrams, train
 from training.corpus import read_corpus
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog")
@@ -54,7 +55,7 @@ def pipeline(tmp_path, monkeypatch):
 
 
 def test_a_target_gets_its_drafters(pipeline, capsys):
-    """Corpus, DFlash, VP, calibration, build."""
+    """Corpus, DFlash, VP, calibration, n-grams, build."""
     assert corpus.main([str(pipeline), "--tokens", "20", "--slots", "16"]) == 0
     assert len(read_corpus(pipeline.parent / "corpus.jsonl")) > 130
     made, length = pipeline.parent / "build" / "training", 0.0
@@ -70,9 +71,14 @@ def test_a_target_gets_its_drafters(pipeline, capsys):
     assert "ECE after" in capsys.readouterr().out
     options = yaml.safe_load(pipeline.read_text())
     options["drafters"] = {"first": "build/training/dflash", "second": "build/training/vp"}
+    options["decoding"] = {"ngrams": "build/training/ngrams.npz"}
     pipeline.write_text(yaml.safe_dump(options))
+    assert ngrams.main([str(pipeline)]) == 0
+    assert "of tokens are the likeliest option" in capsys.readouterr().out
     build(load(pipeline), made)
-    assert set(BuildDirectory.open(made).manifest["graphs"]) == {"target", "first", "second"}
+    directory = BuildDirectory.open(made)
+    assert set(directory.manifest["graphs"]) == {"target", "first", "second"}
+    assert load_ngrams(directory.ngrams).order == ngrams.ORDER
 
 
 def test_prompts_are_composed_of_what_is_at_hand(pipeline, capsys):

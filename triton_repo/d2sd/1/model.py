@@ -14,6 +14,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
+from decoding import ngrams
 from decoding.cycle import Decoder
 from decoding.modes import MODES
 from decoding.sampling import Sampling
@@ -37,8 +38,12 @@ class TritonPythonModel:
         options = manifest["decoding"]
         engines = target, first, second = self.build.load()
         costs = self.build.costs(*engines, say=partial(print, file=sys.stderr, flush=True))
+        counted = ngrams.load(self.build.ngrams)
         self.mode = options["mode"]
-        self.modes = [name for name, mode in MODES.items() if first is not None or not mode.drafts]
+        drafts = first is not None
+        self.modes = [
+            name for name, mode in MODES.items() if (drafts or not mode.drafts) and (counted is not None or name != "ngrams")
+        ]
         self.vocabulary = self.build.vocabulary
         decoder = Decoder(
             target,
@@ -51,6 +56,7 @@ class TritonPythonModel:
             selection=options["selection"],
             redraft=options["redraft"],
             costs=costs,
+            ngrams=counted,
         )
         self.text = text.Vocabulary(Tokenizer.from_file(str(self.build.tokenizer / "tokenizer.json")))
         self.scheduler = Scheduler(decoder, self.limits["sequences"], costs, self.limits["waiting"])

@@ -1,0 +1,141 @@
+"""n-grams as a source: what the target usually says behind its last tokens, counted from its own answers (docs/method.md §4).
+
+Where the text says nothing of itself, a table still knows how such texts go on; asking it costs no pass. ``training/ngrams.py``
+makes one. The longest context that the table knows answers: its options are already mixed with those of shorter contexts.
+"""
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decoding.sequence import Sequence
+from decoding.sources import NGRAMS, Option
+
+HEIGHT = 8  # tokens of a path; each is less sure than the one before
+LEAST = 0.1  # of a node's value that is worth a look
+FIELDS = ("vocabulary", "order", "keys", "tokens", "probabilities")
+Context = tuple[int, ...]
+
+
+class NGramsError(ValueError):
+    """A file that is no table of n-grams; the message says what was found."""
+
+
+class NGrams:
+    """A table of contexts.
+
+    Args:
+        vocabulary: V. order: tokens of a context, at most; (V + 1)^order is below 2^63.
+        keys: ``[C]`` int64, the contexts (``key``); with one there is each that it ends with, the empty one included.
+        tokens: ``[C, A]``, what follows, likeliest first. probabilities: ``[C, A]`` float, of each; 0 for none.
+    """
+
+    def __init__(self, vocabulary: int, order: int, keys: NDArray, tokens: NDArray, probabilities: NDArray) -> None:
+        self.vocabulary, self.order = vocabulary, order
+        self.keys, self.tokens, self.probabilities = keys, tokens, probabilities
+        self._rows = dict(zip(keys.tolist(), range(len(keys)), strict=True))
+
+    @classmethod
+    def read(cls, file: Path) -> "NGrams":
+        """Read a table.
+
+        Raises:
+            NGramsError: there is none.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                vocabulary, order, keys, tokens, probabilities = (stored[name] for name in FIELDS)
+            alike = tokens.ndim == 2 and tokens.shape == probabilities.shape and keys.shape == tokens.shape[:1]
+            if not alike or not len(keys) or not 0 <= int(tokens.min()) <= int(tokens.max()) < int(vocabulary):
+                raise ValueError("its arrays do not fit each other")
+            return cls(int(vocabulary), int(order), keys, tokens, probabilities)
+        except Exception as error:  # NumPy's reader raises whatever a zip archive's reader does
+            raise NGramsError(f"{file}: not a table of n-grams ({error})") from None
+
+    def write(self, file: Path) -> None:
+        """Write it whole or not at all."""
+        arrays = (np.array(self.vocabulary), np.array(self.order), self.keys, self.tokens, self.probabilities)
+        partial = file.with_name(f".{file.name}.partial")
+        with partial.open("wb") as stream:
+            np.savez_compressed(stream, **dict(zip(FIELDS, arrays, strict=True)))
+        partial.rename(file)
+
+    def options(self, context: Context) -> list[Option]:
+        """What follows, likeliest first. context: the last tokens, ``order`` of them at most."""
+        row, number, scale = self._rows.get(0), 0, 1
+        for token in reversed(context):
+            number += (token + 1) * scale
+            scale *= self.vocabulary + 1
+            longer = self._rows.get(number)
+            if longer is None:
+                break
+            row = longer
+        if row is None:
+            return []
+        found = zip(self.probabilities[row].tolist(), self.tokens[row].tolist(), strict=True)
+        return [(p, token, NGRAMS) for p, token in found if p > 0]
+
+    def propose(self, sequences: Many[Sequence]) -> "NGramSource":
+        """What follows the last tokens of sequences."""
+        return NGramSource(self, [tuple(s.tokens[-self.order :]) for s in sequences])
+
+    def worth(self, sequence: Sequence) -> list[float]:
+        """What the likeliest nodes are worth, about: what follows the anchor, and the likeliest behind the likeliest."""
+        context = tuple(sequence.tokens[-self.order :])
+        options = self.options(context)
+        found, value = [p for p, _, _ in options], 1.0
+        for _ in range(HEIGHT - 1):
+            if not options or value * options[0][0] < LEAST:
+                break
+            value *= options[0][0]
+            context = (*context, options[0][1])[-self.order :]
+            options = self.options(context)
+            found += [value * options[0][0]] if options else []
+        return found
+
+
+@dataclass(frozen=True)
+class NGramRow:
+    """A state: the context that decides."""
+
+    options: list[Option]
+    context: Context
+    order: int
+
+    def after(self, token: int) -> Context:
+        return (*self.context, token)[-self.order :]
+
+
+class NGramSource:
+    """A table behind the last tokens of B sequences. Contract: ``sources.Proposer``."""
+
+    height = HEIGHT
+
+    def __init__(self, table: NGrams, contexts: list[Context]) -> None:
+        self.table, self.contexts = table, contexts
+
+    def start(self, b: int) -> Context:
+        return self.contexts[b]
+
+    def row(self, b: int, state: Context) -> NGramRow:
+        return NGramRow(self.table.options(state), state, self.table.order)
+
+
+def load(file: Path | None) -> NGrams | None:
+    """What a build has.
+
+    Raises:
+        NGramsError: as ``NGrams.read``.
+    """
+    return NGrams.read(file) if file else None
+
+
+def key(context: Many[int], vocabulary: int) -> int:
+    """A context's number: its last token is the last digit."""
+    number = 0
+    for token in context:
+        number = number * (vocabulary + 1) + token + 1
+    return number
