@@ -88,7 +88,8 @@ class Ours:
         )
 
     def race(self, case: Case, modes: Many[ModeName], seed: int) -> list[dict[str, float]]:
-        """Answer a case's prompts in each mode, the modes in turn. Returns of each: tokens, target passes, and seconds."""
+        """Answer a case's prompts in each mode, the modes in turn, as long as all answers go on: so many streams are measured.
+        Returns of each: tokens, target passes, and seconds."""
         self.decoder.reset()
         running = [self._sequences(case, mode, seed) for mode in modes]
         for sequence in (s for own in running for s in own):
@@ -101,9 +102,10 @@ class Ours:
                 began = now = time.perf_counter()
                 while own and now < began + SLICE:
                     said = self.decoder.cycle(own)
-                    for sequence in [s for s in own if s.finish]:
-                        own.remove(sequence)
-                        self.decoder.close(sequence)
+                    if any(s.finish for s in own):
+                        for sequence in own:
+                            self.decoder.close(sequence)
+                        own.clear()
                     counted["tokens"] += sum(map(len, said))
                     counted["passes"] += 1
                     now = time.perf_counter()

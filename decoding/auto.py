@@ -19,7 +19,7 @@ from decoding.plan import Situation
 from decoding.planner import Planner
 from decoding.prefix_tree import PrefixTree
 from decoding.sequence import Sequence
-from decoding.sources import Proposer
+from decoding.sources import NGRAMS, TEXT, Proposer
 from decoding.text import Text
 
 
@@ -51,19 +51,18 @@ class Auto:
             members: which of ``sequences``, whose anchors are ``anchors``.
             others: rows of the target's pass that are not theirs. other_context: of the sequences whose they are.
         """
+        began = time.perf_counter()
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
-        worth, least = list[float](), bar.node / 2
-        if self.planner.looks(bar):
-            began = time.perf_counter()
-            worth = [value for s in own for value in self.text.worth(s, least)]
-            worth += [value for s in own for value in (self.ngrams.worth(s) if self.ngrams else ())]
-            self.planner.looked(bar, time.perf_counter() - began)
-        silent = self.planner.hopeless(bar, worth)
+        worth, least = [list[float]() for _ in own], bar.node / 2
+        if looks := self.planner.looks(bar):
+            worth = [self._worth(s, least) for s in own]
+        silent = self.planner.hopeless(bar, [value for values in worth for value in values])
         if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
             self.plan, self.parts = plan, [(group, list(range(len(own))))]
+            plan.looked = looks * (time.perf_counter() - began)
             return [group]
         self.reach = self.planner.reach
         nothing = np.zeros((len(own), self.reach - 1))
@@ -76,7 +75,8 @@ class Auto:
         else:
             feeding: list[Proposer] = [self.ngrams.propose(own)] if self.ngrams else []
             feeding.append(self.text.propose(own, least))
-            texts = best_first.grow(here, feeding, self.reach, self.calibration.factors, least)
+            nodes = [self.reach if values else 1 for values in worth]
+            texts = best_first.grow(here, feeding, nodes, self.calibration.factors, least)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
@@ -89,7 +89,15 @@ class Auto:
                 if not mode.drafts:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))
+        self.plan.looked = looks * (time.perf_counter() - began)
         return [group for group, _ in self.parts]
+
+    def _worth(self, sequence: Sequence, least: float) -> list[float]:
+        """What the nodes that cost no pass are worth, at a glance; of what is worth less than ``least``, not all."""
+        found = self.calibration.corrected(self.text.worth(sequence, least), TEXT)
+        if self.ngrams:
+            found += self.calibration.corrected(self.ngrams.worth(sequence, least), NGRAMS)
+        return found
 
     def consider_redrafts(self) -> None:
         """Choose the branches of a redraft, now that there are first drafts. On a device nobody knows what they are."""

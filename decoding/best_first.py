@@ -28,22 +28,24 @@ class Options:
     origins: Array
 
 
-def grow(anchors: Array, sources: Sequence[Any], nodes: int, factors: Array, least: float = 0.0) -> PrefixTree:
+def grow(anchors: Array, sources: Sequence[Any], nodes: int | list[int], factors: Array, least: float = 0.0) -> PrefixTree:
     """The trees of the most valuable nodes, in the order of their values.
 
     Args:
         anchors: ``[B]`` int64. sources: one at least; in the host's memory any ``Proposer``, on a device ``Source``.
-        nodes: N, the anchor among them. factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
+        nodes: N, the anchor among them; in the host's memory, of each tree.
+        factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
         least: in the host's memory, of a node's value.
     """
     if is_numpy_namespace(array_namespace(anchors)):
-        return _by_queue(anchors, sources, nodes, factors, least)
+        return _by_queue(anchors, sources, [nodes] * len(anchors) if isinstance(nodes, int) else nodes, factors, least)
+    assert isinstance(nodes, int)
     return _by_depth(anchors, sources, nodes, factors)
 
 
-def _by_queue(anchors: Array, sources: Sequence[Proposer], nodes: int, factors: Array, least: float) -> PrefixTree:
+def _by_queue(anchors: Array, sources: Sequence[Proposer], nodes: list[int], factors: Array, least: float) -> PrefixTree:
     corrected = factors.T.tolist()
-    grown = [_Queue(sources, b, corrected).take(anchor, nodes, least) for b, anchor in enumerate(anchors.tolist())]
+    grown = [_Queue(sources, b, corrected).take(anchor, nodes[b], least) for b, anchor in enumerate(anchors.tolist())]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
     tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))
@@ -71,6 +73,8 @@ class _Queue:
     def take(self, anchor: int, nodes: int, least: float) -> list[tuple[int, int, int, float, int]]:
         """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
         taken = [(anchor, -1, 0, 1.0, 0)]
+        if nodes == 1:
+            return taken
         start = tuple([source.start(self.b) for source in self.sources])
         heap = [(-p, 0, 0, start) for p, _, _ in self.options(start, 1)[:1]]  # value, node, number of its option, states
         while heap and heap[0][0] < -least and len(taken) < nodes:

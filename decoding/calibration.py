@@ -1,5 +1,7 @@
 """What probabilities are worth: corrected by what the target said, for each origin and depth (docs/method.md §4)."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +28,13 @@ class Calibration:
         """``[origins, DEPTHS]``, what the odds of a node are multiplied by; column d for depth d, the last for deeper ones."""
         logits = np.array(self.shared)[:, None] + np.array(self.own)
         return np.exp(np.clip(logits, -LIMIT, LIMIT)).astype(np.float32)
+
+    def corrected(self, values: list[float], origin: int) -> list[float]:
+        """Values as one origin's first nodes are corrected."""
+        if not values:
+            return []
+        factor = math.exp(_limited(self.shared[origin] + self.own[origin][1]))
+        return [value * factor / (1 - value + value * factor) for value in values]
 
     def learn(self, walk: Walk) -> None:
         """Compare a tree with the walk through it: every child of an accepted node was put to the test."""

@@ -15,7 +15,6 @@ from decoding.sequence import Sequence
 from decoding.sources import NGRAMS, Option
 
 HEIGHT = 8  # tokens of a path; each is less sure than the one before
-LEAST = 0.1  # of a node's value that is worth a look
 FIELDS = ("vocabulary", "order", "keys", "tokens", "probabilities")
 Context = tuple[int, ...]
 
@@ -37,6 +36,7 @@ class NGrams:
         self.vocabulary, self.order = vocabulary, order
         self.keys, self.tokens, self.probabilities = keys, tokens, probabilities
         self._rows = dict(zip(keys.tolist(), range(len(keys)), strict=True))
+        self._likeliest: list[float] = probabilities[:, 0].tolist()
 
     @classmethod
     def read(cls, file: Path) -> "NGrams":
@@ -49,7 +49,7 @@ class NGrams:
             with np.load(file, allow_pickle=False) as stored:
                 vocabulary, order, keys, tokens, probabilities = (stored[name] for name in FIELDS)
             alike = tokens.ndim == 2 and tokens.shape == probabilities.shape and keys.shape == tokens.shape[:1]
-            if not alike or not len(keys) or not 0 <= int(tokens.min()) <= int(tokens.max()) < int(vocabulary):
+            if not alike or 0 not in keys or not 0 <= int(tokens.min()) <= int(tokens.max()) < int(vocabulary):
                 raise ValueError("its arrays do not fit each other")
             return cls(int(vocabulary), int(order), keys, tokens, probabilities)
         except Exception as error:  # NumPy's reader raises whatever a zip archive's reader does
@@ -65,7 +65,13 @@ class NGrams:
 
     def options(self, context: Context) -> list[Option]:
         """What follows, likeliest first. context: the last tokens, ``order`` of them at most."""
-        row, number, scale = self._rows.get(0), 0, 1
+        row = self._row(context)
+        found = zip(self.probabilities[row].tolist(), self.tokens[row].tolist(), strict=True)
+        return [(p, token, NGRAMS) for p, token in found if p > 0]
+
+    def _row(self, context: Many[int]) -> int:
+        """Of the longest context that is known."""
+        row, number, scale = self._rows[0], 0, 1
         for token in reversed(context):
             number += (token + 1) * scale
             scale *= self.vocabulary + 1
@@ -73,27 +79,28 @@ class NGrams:
             if longer is None:
                 break
             row = longer
-        if row is None:
-            return []
-        found = zip(self.probabilities[row].tolist(), self.tokens[row].tolist(), strict=True)
-        return [(p, token, NGRAMS) for p, token in found if p > 0]
+        return row
 
     def propose(self, sequences: Many[Sequence]) -> "NGramSource":
         """What follows the last tokens of sequences."""
         return NGramSource(self, [tuple(s.tokens[-self.order :]) for s in sequences])
 
-    def worth(self, sequence: Sequence) -> list[float]:
-        """What the likeliest nodes are worth, about: what follows the anchor, and the likeliest behind the likeliest."""
-        context = tuple(sequence.tokens[-self.order :])
-        options = self.options(context)
-        found, value = [p for p, _, _ in options], 1.0
+    def worth(self, sequence: Sequence, least: float = 0.0) -> list[float]:
+        """What the likeliest nodes are worth, about: what follows the anchor, and the likeliest behind the likeliest, but none
+        below ``least``."""
+        context = sequence.tokens[-self.order :]
+        row = self._row(context)
+        if self._likeliest[row] < least:
+            return []
+        found = [p for p in self.probabilities[row].tolist() if p > least]
+        value = 1.0
         for _ in range(HEIGHT - 1):
-            if not options or value * options[0][0] < LEAST:
+            value *= self._likeliest[row]
+            context = [*context, int(self.tokens[row, 0])][-self.order :]
+            row = self._row(context)
+            if value * self._likeliest[row] <= least:
                 break
-            value *= options[0][0]
-            context = (*context, options[0][1])[-self.order :]
-            options = self.options(context)
-            found += [value * options[0][0]] if options else []
+            found.append(value * self._likeliest[row])
         return found
 
 

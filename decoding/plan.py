@@ -21,7 +21,7 @@ class Plan:
         probing: whether it drafts or redrafts to find out.
         promised: tokens that its nodes' values sum to. expected: that it should commit.
         seconds: that it should take at the machine's usual pace. calls: of these, its engines' calls alone.
-        pace: how many times as long it takes at the moment.
+        pace: how many times as long it takes at the moment. looked: seconds for which texts were looked up, and it was planned.
     """
 
     drafted: list[int]
@@ -35,6 +35,7 @@ class Plan:
     seconds: float = 0.0
     calls: float = 0.0
     pace: float = 1.0
+    looked: float = 0.0
 
     @property
     def kind(self) -> str:

@@ -33,8 +33,8 @@ RISK = 0.05  # that seconds beyond a plain cycle's count for more: estimates err
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
 LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
-LOOKING = 0.01  # share of the time that texts may be looked up for where it was in vain
-VAIN, SELDOM = 32, 4  # how often it must have been; then it is done every so many cycles
+SELDOM = 4  # where looking texts up has cost more than it won, it is done every so many cycles
+LOOKED_MEMORY = 1 / 64  # of what it won
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -73,13 +73,13 @@ class Planner:
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
         self.beside: defaultdict[int, dict[str, float]] = defaultdict(BESIDE.copy)  # by sequences, and by what is done
-        self.rates: dict[tuple[int, int], tuple[float, float]] = {}  # tokens and seconds, fading, by ``_where``
+        self.rates: dict[int, tuple[float, float]] = {}  # tokens and seconds, fading, by sequences
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
-        self.looking: dict[int, tuple[float, int]] = {}  # by sequences: share of a cycle that it takes, and times in vain
+        self.won: defaultdict[int, float] = defaultdict(float)  # by sequences: share of a plain cycle that a look up has won
         self.bars: dict[int, Bar] = {}  # by sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
@@ -99,7 +99,7 @@ class Planner:
             plain = alone = float(seconds[0]) * beside["plain"]
             if others:
                 alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
-            rate = self._rate_at((sequences, 0), alone)
+            rate = self._rate_at(sequences, alone)
             kept, promised = self.kept["text"]
             least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
             least *= max(1.0, promised / max(kept, 1e-6))
@@ -111,14 +111,7 @@ class Planner:
 
     def looks(self, bar: Bar) -> bool:
         """Step 0: whether to look the texts up."""
-        share, vain = self.looking.get(bar.sequences, (0.0, 0))
-        return share < LOOKING or vain < VAIN or self.cycles % SELDOM == 0
-
-    def looked(self, bar: Bar, seconds: float) -> None:
-        """Looking the texts up took so long."""
-        share, vain = self.looking.get(bar.sequences, (0.0, 0))
-        now = seconds / (self.costs.pace * bar.seconds)
-        self.looking[bar.sequences] = share + MEMORY * (min(now, 1.0) - share), vain + 1
+        return self.won[bar.sequences] >= 0 or self.cycles % SELDOM == 0
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, at most (``Text.worth``)."""
@@ -209,8 +202,11 @@ class Planner:
         """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
         self.cycles += 1
         size = len(plan.nodes)
-        if plan.kind == "text" and size in self.looking:
-            self.looking[size] = self.looking[size][0], 0
+        if plan.looked and plan.kind in ("plain", "text") and (bar := self.bars.get(size)):
+            # What was chosen because of it took the time that it took; where nothing was, it took its own.
+            saved = came / size - seconds / (self.costs.pace * bar.seconds) if plan.kind == "text" and seconds else 0.0
+            lost = plan.looked / (self.costs.pace * bar.seconds) if plan.kind == "plain" else 0.0
+            self.won[size] += LOOKED_MEMORY * (saved - min(lost, 1.0) - self.won[size])
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -226,9 +222,9 @@ class Planner:
         self.came += came
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
         if plan.alone:
-            tokens, spent = self.rates.get(plan.where, (0.0, 0.0))
+            tokens, spent = self.rates.get(size, (0.0, 0.0))
             kept = 1 - RATE_MEMORY
-            self.rates[plan.where] = (tokens * kept + came, spent * kept + plan.seconds)
+            self.rates[size] = (tokens * kept + came, spent * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -327,15 +323,16 @@ class Planner:
         return self.costs.target(now.others + size + nodes, size, now.context)
 
     def _rate(self, now: Situation) -> float:
-        alone = self._bar(now).alone
-        return self._rate_at(_where(now), alone)
+        return self._rate_at(len(now.sequences), self._bar(now).alone)
 
-    def _rate_at(self, where: tuple[int, int], plain: float) -> float:
-        """λ, tokens a second, where texts say as much as there; those of plain decoding at least: so nothing is chosen that is
-        slower than that. (A token that is skipped is like those around it: where the text is silent, it would have gone
-        slowly.) plain: seconds of a plain cycle."""
-        tokens, seconds = self.rates.get(where, (0.0, 1.0))
-        return max(where[0] / plain, tokens / seconds)
+    def _rate_at(self, sequences: int, plain: float) -> float:
+        """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that.
+
+        Args:
+            plain: seconds of a plain cycle.
+        """
+        tokens, seconds = self.rates.get(sequences, (0.0, 1.0))
+        return max(sequences / plain, tokens / seconds)
 
     def _bar(self, now: Situation) -> Bar:
         return self.bar(len(now.sequences), now.context, now.others)

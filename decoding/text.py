@@ -114,16 +114,18 @@ class Text:
         """
         if sequence not in self.open:
             self.open[sequence] = (TextIndex(sequence.tokens), Hits())
-        if sequence not in self.proposed:
+        found = self.proposed.get(sequence)
+        if found is None:
             right, tried = self.hits.right[0], self.hits.tried[0]
             sizes = [size for size in SIZES if right[size] >= least * tried[size]]
-            self.proposed[sequence] = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
-        return self.proposed[sequence]
+            found = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
+            self.proposed[sequence] = found
+        return found
 
     def worth(self, sequence: Sequence, least: float = 0.0) -> list[float]:
         """What the nodes that the text proposes for a sequence are worth, the best of each continuation first; none that is
         worth less than ``LEAST``. least: as in ``look``."""
-        found = []
+        found = list[float]()
         for continuation in self.look(sequence, least):
             own, value = self.open[sequence][1], 1.0
             for depth in range(continuation.left or 0, HEIGHT):
@@ -224,6 +226,8 @@ class TextIndex:
         self._extend()
         tokens, count = self.tokens, len(self.tokens)
         found: list[Continuation] = []
+        if not sizes or tuple(tokens[-sizes[-1] :]) not in self.ends:  # what is longer does not match either
+            return found
         for size in sizes:
             matches = []
             for end in reversed(self.ends.get(tuple(tokens[-size:]), ())):
@@ -243,11 +247,12 @@ class TextIndex:
 
     def _extend(self) -> None:
         """Take in the n-grams that something follows."""
-        tokens = self.tokens
+        tokens, known = self.tokens, self.ends
         for end in range(self.indexed, len(tokens)):
+            gram = tuple(tokens[max(0, end - SIZES[0]) : end])
             for size in SIZES:
                 if end >= size:
-                    ends = self.ends.setdefault(tuple(tokens[end - size : end]), [])
+                    ends = known.setdefault(gram[-size:], [])
                     ends.append(end)
                     if len(ends) > PLACES:
                         del ends[0]

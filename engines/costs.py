@@ -27,7 +27,7 @@ Seconds = NDArray[np.float64]
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256)  # rows that are measured
 LONG, SHORT = 768, 64  # tokens in the cache while they are
-TURNS = 8  # of the calls, those of few rows in all of them
+TURNS = 6  # of the calls, those of few rows in all of them
 TOGETHER = 4  # sequences of the call that says what a further one takes
 PACE = 0.06  # weight of a call in what is known of how slow the machine is at the moment, which all calls share
 REACH = 0.02  # and in the correction of its own size

@@ -26,7 +26,9 @@ Precision = str
 ROUNDED = 32
 Form = tuple[int, int]  # rows of tokens, or of features and then of blocks' tokens; (0, 0) stands for any number
 ANY = (0, 0)
-TARGET = tuple((rows, 0) for rows in (1, 8, 4, 16, 12, 2, 24, 32))  # that get a form of their own, the most useful first
+TARGET = tuple(
+    (rows, 0) for rows in (1, 8, 4, 2, 16, 3, 6, 12, 24, 20, 32)
+)  # that get a form of their own, the most useful first
 FORMS = 1 / 8  # of the memory that is free, for their weights
 BLOCKS = 64  # of the pool for each row of such a call; one with longer sequences takes the form for any number
 STEP = 8  # larger calls have a multiple of so many rows, so that few shapes are met

@@ -164,25 +164,28 @@ def test_what_is_hopeless_would_not_have_been_verified(seed):
         assert at_once.seconds == pytest.approx(plan.seconds)
 
 
-def test_texts_are_looked_up_seldom_where_that_takes_long_in_vain():
+def test_texts_are_looked_up_seldom_where_that_costs_more_than_it_wins():
     costs = ToyCosts(base=1.0, step=0.1, width=4)
     own, looked = Planner(costs, 8, 4, drafts=False), []
-    for took in [0.5] * 200 + [1e-6] * 2000:
-        bar = own.bar(1, 50, 0)
+
+    def cycle(text, came, seconds):
+        bar, now = own.bar(1, 50, 0), situation([text])
         looked.append(own.looks(bar))
+        plan = own.begin(now) if looked[-1] else own.rests(bar)
         if looked[-1]:
-            own.looked(bar, took)
-        own.learn(own.rests(bar), 1, None)
-    assert all(looked[: planner.VAIN])
-    assert sum(looked[100:200]) == 100 // planner.SELDOM
-    assert all(looked[-100:])
-    own.looking[1] = (0.5, 100)
-    now = situation([[0.9, 0.8, 0.7]])
-    plan = own.begin(now)
-    own.finish(now, plan, now.text)
-    own.learn(plan, 3, None)
-    assert plan.kind == "text"
-    assert all(own.looks(bar) for _ in range(3)), "it was not in vain"
+            own.finish(now, plan, now.text)
+            plan.looked = 0.05
+        own.learn(plan, came if plan.kind == "text" else 1, seconds)
+
+    for _ in range(200):
+        cycle([0.01] * 3, 1, 1.2)
+    assert sum(looked[100:]) == 100 // planner.SELDOM, "in vain"
+    for _ in range(600):
+        cycle([0.9, 0.8, 0.7], 3, 1.4)
+    assert all(looked[-100:]), "it pays"
+    for _ in range(600):
+        cycle([0.9, 0.8, 0.7], 1, 1.4)
+    assert sum(looked[-100:]) < 60, "what is promised does not come"
 
 
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
