@@ -21,17 +21,22 @@ KERNELS = ("avx2", "fma", "f16c")  # what ours need
 
 
 def usable(library: Path) -> bool:
-    """Whether the project's own operators are there, load, and are the faster ones here."""
-    if not library.exists() or not has(*KERNELS) or any(map(has, WIDE)):
+    """Whether the project's own operators are there, load, and are the faster ones here; says so if they must be made again."""
+    if not has(*KERNELS) or any(map(has, WIDE)):
         return False
-    try:
-        ctypes.CDLL(str(library))  # OpenVINO, which it needs, is loaded
-    except OSError as error:
-        print(
-            f"operators: {error}; OpenVINO's own serve, at about half the speed, until the build is made again here", flush=True
-        )
-        return False
-    return True
+    reason = None
+    if not library.exists():
+        if not any(library.parent.glob("*.so")):  # the build has said why
+            return False
+        reason = f"those in {library.parent} are of another version"
+    else:
+        try:
+            ctypes.CDLL(str(library))  # OpenVINO, which it needs, is loaded
+        except OSError as error:
+            reason = str(error)
+    if reason:
+        print(f"operators: {reason}; OpenVINO's own serve, at half the speed, until the build is made again here", flush=True)
+    return reason is None
 
 
 def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -> list[Any]:

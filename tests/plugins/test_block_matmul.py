@@ -130,8 +130,11 @@ def test_a_library_of_another_machine_is_left_alone(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(openvino_operators, "has", lambda *features: "avx2" in features)
     broken = tmp_path / "operators.so"
     assert not openvino_operators.usable(broken)
+    assert capsys.readouterr().out == "", "a build without any has said so itself"
     broken.write_bytes(b"no library")
     assert not openvino_operators.usable(broken)
     said = capsys.readouterr().out
     assert said.startswith(f"operators: {broken}: ")
-    assert said.endswith("OpenVINO's own serve, at about half the speed, until the build is made again here\n")
+    assert said.endswith("OpenVINO's own serve, at half the speed, until the build is made again here\n")
+    assert not openvino_operators.usable(tmp_path / "newer.so")
+    assert capsys.readouterr().out.startswith(f"operators: those in {tmp_path} are of another version; OpenVINO's own serve")
