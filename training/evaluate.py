@@ -14,8 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from decoding import ngrams
 from decoding.cycle import Decoder
 from decoding.modes import MODES, ModeName, Redraft
+from decoding.ngrams import NGrams
 from decoding.scheduler import Scheduler
 from decoding.sequence import Sequence
 from engines.build_directory import BuildDirectory
@@ -31,8 +33,9 @@ from training.replay import ROWS, HostDrafter, Record, RecordingDrafter, ReplayT
 
 SLOTS = 8  # answers decoded together
 MEASURED = tuple(name for name, mode in MODES.items() if name != "autoregressive" and not mode.planned)
+TREES = ("lookup", "ngrams", "free", "ddtree", "first_text", "first_second", "pooled", "all")
 DEFAULT_MODES = (
-    *(f"{mode}@{rows}" for mode in ("lookup", "ddtree", "first_text", "first_second", "pooled") for rows in (8, 12, 16, 32)),
+    *(f"{mode}@{rows}" for mode in TREES for rows in (8, 12, 16, 32)),
     "dflash",
     "runner_up",
     "naive_samples",
@@ -113,6 +116,7 @@ def measure(
     drafters: tuple[Drafter, Drafter],
     options: dict[str, Any],
     vocabulary: int,
+    table: NGrams | None,
 ) -> list[Record]:
     """Decode every answer in a mode (``parse_mode``); returns a record each."""
     name, redraft, size = parse_mode(mode)
@@ -129,6 +133,7 @@ def measure(
         vocabulary=vocabulary,
         selection=options["selection"],
         redraft=redraft,
+        ngrams=table,
     )
     scheduler = Scheduler(decoder, SLOTS)
     began, shown = time.monotonic(), time.monotonic()
@@ -169,7 +174,7 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     target, first, second = directory.load()
     assert first is not None
     assert second is not None
-    vocabulary = directory.vocabulary
+    vocabulary, table = directory.vocabulary, ngrams.load(directory.ngrams)
     del target
     folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
     assert pipeline.drafters is not None
@@ -178,7 +183,7 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     features = Features(answers, checkpoints.load_target(folder), layer_ids, cache)
     records = {}
     for mode in args.modes:
-        records[mode] = measure(mode, answers, features, (first, second), options, vocabulary)
+        records[mode] = measure(mode, answers, features, (first, second), options, vocabulary, table)
         summary = report.acceptance(answers, records[mode])
         print(f"{mode:20} {summary['mean']:.3f}  [{summary['low']:.3f}, {summary['high']:.3f}]", flush=True)
     return report.summarise(answers, records, options, args.tokens)

@@ -13,7 +13,10 @@ from decoding.sources import ORIGINS
 from training.corpus import Answer
 from training.replay import ROWS, Record
 
-ADDED = (("ddtree", "dflash"), ("first_text", "ddtree"), ("first_second", "ddtree"), ("pooled", "first_text"))
+ADDED = (
+    *(("ddtree", "dflash"), ("first_text", "ddtree"), ("first_second", "ddtree"), ("pooled", "first_text")),
+    *(("free", "lookup"), ("all", "pooled")),
+)
 RESAMPLES = 2000
 BINS = 10
 

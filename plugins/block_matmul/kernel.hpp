@@ -42,12 +42,6 @@ struct Rounded {
         : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {}
 };
 
-AVX2 int total(__m256i x) {
-    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
-}
-
 AVX2 __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
 
 AVX2 void store(int16_t* to, __m256i first, __m256i second) {

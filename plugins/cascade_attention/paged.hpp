@@ -1,8 +1,10 @@
 // The operator over a pool of blocks, for x86 with AVX2: what a row sees of its sequence's past, and of the call's own rows.
 // Bindings: export/paged_graph.py.
 //
-// Each (sequence, KV head) is walked block by block with the query rows of all heads that share it, softmax kept as a running
-// maximum and sum (FlashAttention's online softmax, arXiv 2205.14135), so that no score is ever stored.
+// Each (sequence, KV head) is walked block by block with the query rows of all heads that share it: once over keys, for scores and
+// their maximum, once over values. A row's result is the same to the bit wherever the keys that it sees lie: keys that it does
+// not see between them add nothing, values are summed key by key, and weights as integers, in whatever order. So a tree's rows
+// are plain decoding's.
 #pragma once
 
 #include <tbb/parallel_for.h>
@@ -22,6 +24,7 @@ namespace d2sd {
 
 constexpr size_t KEYS = 32;    // of a block
 constexpr size_t QUERIES = 8;  // rows that walk a block together, at most
+constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Attention {
@@ -77,12 +80,11 @@ AVX2 void score(const float* q, const float* keys, size_t dim, __m256 (&scores)[
     }
 }
 
-// out = out · fade + weights · values, for Registers · 8 of the dimensions.
+// out += weights · values, for Registers · 8 of the dimensions.
 template <size_t Registers>
-AVX2 void gather(const float* weights, const float* values, size_t dim, size_t count, float fade, float* out) {
+AVX2 void gather(const float* weights, const float* values, size_t dim, size_t count, float* out) {
     __m256 total[Registers];
-    const __m256 faded = _mm256_set1_ps(fade);
-    for (size_t i = 0; i < Registers; i++) total[i] = _mm256_mul_ps(_mm256_loadu_ps(out + i * LANES), faded);
+    for (size_t i = 0; i < Registers; i++) total[i] = _mm256_loadu_ps(out + i * LANES);
     for (size_t key = 0; key < count; key++) {
         const __m256 weight = _mm256_set1_ps(weights[key]);
         for (size_t i = 0; i < Registers; i++)
@@ -106,21 +108,24 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
     const size_t n = a.rows(sequence), group = a.heads / a.kv_heads, dim = a.dim;
     const size_t past = a.lengths[sequence], begin = a.begins[sequence];
     std::vector<float> queries(count * dim);
-    float most[QUERIES], whole[QUERIES];
     float* out[QUERIES];
     size_t seen = past;  // keys, of which the mask hides some
     for (size_t i = 0; i < count; i++) {
         const size_t at = ((begin + work.row(i)) * a.heads + kv_head * group + work.head(i)) * dim;
         for (size_t d = 0; d < dim; d++) queries[i * dim + d] = a.q[at + d] * a.scale;
         out[i] = a.out + at;
-        most[i] = NEVER, whole[i] = 0;
         seen = std::max(seen, past + work.row(i) + 1);  // no row sees a later one
     }
-    for (size_t block = 0; block * KEYS < seen; block++) {
-        const size_t place = a.place(sequence, block, kv_head), start = block * KEYS, keys = std::min(KEYS, seen - start);
+    const size_t blocks = (seen + KEYS - 1) / KEYS, width = blocks * KEYS;
+    std::vector<float> all(count * width);
+    __m256 most[QUERIES];
+    for (auto& each : most) each = _mm256_set1_ps(NEVER);
+    for (size_t block = 0; block < blocks; block++) {
+        const size_t start = block * KEYS;
+        const float* keys = a.past_k + a.place(sequence, block, kv_head);
         for (size_t i = 0; i < count; i++) {
             __m256 scores[KEYS / LANES];
-            score(&queries[i * dim], a.past_k + place, dim, scores);
+            score(&queries[i * dim], keys, dim, scores);
             if (start + KEYS > past) {  // what is behind the past, the mask decides; what is behind the end is nobody's
                 const uint8_t* sees = a.mask + a.mask_begins[sequence] + work.row(i) * n;
                 alignas(32) float hidden[KEYS];
@@ -131,26 +136,37 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
                     scores[g] = _mm256_blendv_ps(scores[g], _mm256_set1_ps(NEVER), gone);
                 }
             }
-            const float highest = largest(_mm256_max_ps(_mm256_max_ps(scores[0], scores[1]), _mm256_max_ps(scores[2], scores[3])));
-            if (highest == NEVER) continue;
-            const float now = std::max(most[i], highest), fade = most[i] == now ? 1.0f : std::exp(most[i] - now);
-            alignas(32) float weights[KEYS];
-            __m256 all = _mm256_setzero_ps();
             for (size_t g = 0; g < KEYS / LANES; g++) {
-                const __m256 seen = _mm256_cmp_ps(scores[g], _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
-                const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores[g], _mm256_set1_ps(now))), seen);
-                _mm256_store_ps(weights + g * LANES, weight);
-                all = _mm256_add_ps(all, weight);
+                _mm256_storeu_ps(&all[i * width + start + g * LANES], scores[g]);
+                most[i] = _mm256_max_ps(most[i], scores[g]);
             }
-            most[i] = now, whole[i] = whole[i] * fade + sum(all);
-            const float* values = a.past_v + place;
+        }
+    }
+    float highest[QUERIES];
+    int64_t whole[QUERIES] = {};
+    for (size_t i = 0; i < count; i++) highest[i] = largest(most[i]);
+    for (size_t block = 0; block < blocks; block++) {
+        const size_t start = block * KEYS, keys = std::min(KEYS, seen - start);
+        const float* values = a.past_v + a.place(sequence, block, kv_head);
+        for (size_t i = 0; i < count; i++) {
+            if (highest[i] == NEVER) continue;
+            alignas(32) float weights[KEYS];
+            __m256i units = _mm256_setzero_si256();
+            for (size_t g = 0; g < KEYS / LANES; g++) {
+                const __m256 scores = _mm256_loadu_ps(&all[i * width + start + g * LANES]);
+                const __m256 sees = _mm256_cmp_ps(scores, _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
+                const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores, _mm256_set1_ps(highest[i]))), sees);
+                _mm256_store_ps(weights + g * LANES, weight);
+                units = _mm256_add_epi32(units, _mm256_cvtps_epi32(_mm256_mul_ps(weight, _mm256_set1_ps(UNIT))));
+            }
+            whole[i] += total(units);
             size_t d = 0;
-            for (; d + 8 * LANES <= dim; d += 8 * LANES) gather<8>(weights, values + d, dim, keys, fade, out[i] + d);
-            for (; d < dim; d += LANES) gather<1>(weights, values + d, dim, keys, fade, out[i] + d);
+            for (; d + 8 * LANES <= dim; d += 8 * LANES) gather<8>(weights, values + d, dim, keys, out[i] + d);
+            for (; d < dim; d += LANES) gather<1>(weights, values + d, dim, keys, out[i] + d);
         }
     }
     for (size_t i = 0; i < count; i++) {
-        const float share = whole[i] > 0 ? 1.0f / whole[i] : 0.0f;
+        const float share = whole[i] > 0 ? UNIT / static_cast<float>(whole[i]) : 0.0f;
         for (size_t d = 0; d < dim; d++) out[i][d] *= share;
     }
 }

@@ -118,3 +118,27 @@ def test_scores_far_apart(factory):
     numbers = [np.array(each, np.int32) for each in ([40], [0, 1], [0, 1], [0, 2])]
     given = [q, k, np.full((1, 8), 7.0, np.float32), *pools, *numbers, np.ones(1, np.uint8), np.array([0, 1], np.int32)]
     np.testing.assert_allclose(run(operator(factory, 1, 1, 8, 1.0), given), np.full((1, 8), 7.0))
+
+
+@pytest.mark.parametrize("length", [0, 25, 31, 64, 700])
+def test_a_row_of_a_tree_is_that_of_a_chain_to_the_bit(factory, length):
+    """Keys that a row does not see lie between those that it does, over a block's border, and change nothing at all."""
+    rng = np.random.default_rng(length)
+    heads, kv_heads, dim, n = 6, 2, 64, 12
+    path = [0, 3, 4, 7, 11]  # of the tree's rows, from the anchor down
+    q, k, v = (rng.normal(size=(n, width * dim)).astype(np.float32) * 2 for width in (heads, kv_heads, kv_heads))
+    mask = tree_mask(rng, n)
+    for place, row in enumerate(path):
+        mask[row] = False
+        mask[row, path[: place + 1]] = True
+    pools = [rng.normal(size=(-(-(length + n) // BLOCK), kv_heads, BLOCK, dim)).astype(np.float32) for _ in "kv"]
+
+    def called(rows, mask):
+        tables = np.arange(len(pools[0]), dtype=np.int32)
+        numbers = [np.array(each, np.int32) for each in ([length], [0, len(rows)], tables, [0, len(tables)])]
+        given = [np.ascontiguousarray(x[rows]) for x in (q, k, v)] + [pool.copy() for pool in pools] + numbers
+        bias = [mask.reshape(-1).astype(np.uint8), np.array([0, mask.size], np.int32)]
+        return run(operator(factory, heads, kv_heads, dim, dim**-0.5), given + bias)
+
+    tree = called(list(range(n)), mask)[path]
+    np.testing.assert_array_equal(tree, called(path, np.tri(len(path), dtype=bool)))
