@@ -36,7 +36,12 @@ def generate(model, prompt, count):
 PROMPTS = [np.random.default_rng(n).integers(0, 300, n).tolist() for n in (1, 2, 30, ALONE, ALONE + 1, 255, 300)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+# ``all`` and ``free`` have every source; trees of fewer are tried on toys (``tests/decoding``).
+FEWER = ("ngrams", "first_text", "first_second", "pooled")
+TRIED = [mode for mode in MODES if mode not in FEWER]
+
+
+@pytest.mark.parametrize("mode", TRIED)
 def test_greedy_answers_are_transformers(served, mode):
     """Prompts on both sides of every border: a piece of a prompt, the smallest cache, and its growth in mid-answer."""
     model, engines = served
@@ -52,7 +57,7 @@ def test_greedy_answers_are_transformers(served, mode):
 def test_a_seed_gives_one_answer_in_every_mode_and_batch(served):
     _, engines = served
     answers = set()
-    for mode in MODES:
+    for mode in TRIED:
         for slots in (1, 3):
             running = scheduler(engines, mode, slots)
             sequences = [Sequence(PROMPTS[2], 10, Sampling(0.8, 50, 0.95, seed)) for seed in range(3)]
@@ -91,9 +96,9 @@ def test_engines_start_afresh_after_a_reset(served):
 LOOKS = ("numpy", "tolist", "item", "cpu", "nonzero", "__array__", "__bool__", "__int__", "__index__", "__float__")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TRIED)
 def test_a_cycle_waits_for_its_runtime_once(served, monkeypatch, mode):
-    """The host looks at no tensor but through ``read``, and that is called once a cycle, for what was accepted."""
+    """The host looks at no tensor of a device but through ``read``, and that is called once a cycle, for what was accepted."""
     _, engines = served
     running = scheduler(engines, mode)
     for sampling in (Sampling(), Sampling(0.8, 50, 0.95, 1), Sampling(0.8)):
@@ -115,5 +120,6 @@ def test_a_cycle_waits_for_its_runtime_once(served, monkeypatch, mode):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a tensor was asked for its {name}"))
     for _ in range(3):
         running.step()
-    assert [shape[0] for shape in shapes] == [3] * 3, "one look a cycle, at something of each of the three sequences"
+    looks = 0 if running.decoder.host else 3
+    assert [shape[0] for shape in shapes] == [3] * looks, "one look a cycle, at something of each of the three sequences"
     running.reset()

@@ -69,6 +69,7 @@ def test_a_changed_drafter_rebuilds_itself_alone(pipeline):
     assert rebuilt(pipeline, before) == ["second"]
 
 
+@pytest.mark.slow
 def test_a_changed_target_rebuilds_all(pipeline):
     before = stamps(pipeline)
     shutil.rmtree(pipeline / "target")
@@ -139,6 +140,7 @@ def test_a_killed_build_leaves_no_half_engine_and_goes_on(pipeline):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_build_in_one_line(pipeline):
     """A limit of the file size stands for it: the writes of all libraries fail as they do on a full disk."""
     before = stamps(pipeline)
