@@ -149,7 +149,7 @@ class Drafting:
         factors = self.target.send(self.calibration.factors)
         feeding = group.sources(self.text, self.ngrams, self.target)
         if not feeding:  # n-grams alone, and no table of them
-            return prefix_tree.merge(group.anchors, group.anchors[:, None, None][..., :0])
+            return prefix_tree.merge(group.anchors, self._whole(group))
         return best_first.grow(group.anchors, feeding, group.nodes or self.rows, factors)
 
     def _whole(self, group: Group) -> Array:

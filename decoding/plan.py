@@ -16,8 +16,8 @@ class Plan:
     Attributes:
         drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
         nodes: rows that each verifies, the anchor's among them; set by the last step, or at once where there is no other.
-        where: what time is worth follows from it: how many sequences, and how sure their texts are. alone: whether there is
-            nothing else in the target's pass.
+        where: whether drafts are thought of follows from it: how many sequences, and how sure their texts are.
+        alone: whether there is nothing else in the target's pass.
         probing: whether it drafts or redrafts to find out.
         promised: tokens that its nodes' values sum to. expected: that it should commit.
         seconds: that it should take at the machine's usual pace. calls: of these, its engines' calls alone.

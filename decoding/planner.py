@@ -114,7 +114,8 @@ class Planner:
         return self.won[bar.sequences] >= 0 or self.cycles % SELDOM == 0
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
-        """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, at most (``Text.worth``)."""
+        """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
+        (``Text.worth``, ``NGrams.worth``)."""
         total = 0.0
         for value, asked in zip(sorted(worth, reverse=True), bar.least, strict=False):
             total += value
@@ -202,11 +203,14 @@ class Planner:
         """After a cycle. came: tokens committed. seconds: that it took, where that is known."""
         self.cycles += 1
         size = len(plan.nodes)
-        if plan.looked and plan.kind in ("plain", "text") and (bar := self.bars.get(size)):
-            # What was chosen because of it took the time that it took; where nothing was, it took its own.
-            saved = came / size - seconds / (self.costs.pace * bar.seconds) if plan.kind == "text" and seconds else 0.0
-            lost = plan.looked / (self.costs.pace * bar.seconds) if plan.kind == "plain" else 0.0
-            self.won[size] += LOOKED_MEMORY * (saved - min(lost, 1.0) - self.won[size])
+        if plan.looked and not plan.drafted and (bar := self.bars.get(size)):
+            # What was chosen because of it took the time that it took; where nothing was, looking took its own.
+            plain, won = self.costs.pace * bar.seconds, 0.0
+            if plan.kind == "plain":
+                won = -min(plan.looked / plain, 1.0)
+            elif seconds:
+                won = came / size - seconds / plain
+            self.won[size] += LOOKED_MEMORY * (won - self.won[size])
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"

@@ -318,7 +318,7 @@ class PagedDrafter(Paged):
         held = [self.held[sequence] for sequence in sequences]
         batch, n = block_ids.shape
         new = [len(own) for own in features]
-        total = self.graph.fit(max(sum(new), self.least))  # a graph is never given nothing
+        total = self.graph.fit(max(sum(new), 1))  # a graph is never given nothing
         more = total - sum(new)
         rows = np.zeros((1, total, self.graph.info.feature_width), np.float32)
         if sum(new):

@@ -67,6 +67,8 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     began = time.monotonic()
     ngrams = _ngrams(pipeline)
     sources = open_sources(pipeline)
+    if ngrams is not None and ngrams.vocabulary != (size := sources.config.vocab_size):
+        raise BuildError(f"decoding.ngrams: found a table for {ngrams.vocabulary} tokens, allowed: the target's {size}")
     shapes = {graph: _profiles(pipeline, sources, graph) if compiled else {} for graph in sources.graphs}
     keys = {graph: _key(pipeline, sources, graph, shapes[graph]) for graph in sources.graphs}
     output.mkdir(parents=True, exist_ok=True)
@@ -98,11 +100,8 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             return
         if pipeline.engine.backend == "openvino":
             _add_operators(output / "operators")
+        (output / NGRAMS).unlink(missing_ok=True)
         if ngrams is not None:
-            if ngrams.vocabulary != (known := sources.config.vocab_size):
-                raise BuildError(
-                    f"decoding.ngrams: found a table for {ngrams.vocabulary} tokens, allowed: the target's {known}"
-                )
             ngrams.write(output / NGRAMS)
         with replacing(output / "model_repository") as partial:
             write_repository(partial)

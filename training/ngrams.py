@@ -20,7 +20,7 @@ from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT
 
 ORDER = 3  # tokens of a context
-LEAST = 2  # answers that a context must have been seen in
+LEAST = 2  # times that a context must have been followed by something, once an answer and token
 WIDTH = 4  # options of a context
 DOUBT = 2  # what a kind of token that followed counts for; with 1 too much is promised of texts unlike the corpus
 
@@ -31,11 +31,14 @@ def count(answers: Iterable[Answer], vocabulary: int, order: int = ORDER, least:
     """The table of some answers.
 
     Args:
-        vocabulary: V. order: tokens of a context, at most. least: answers that have a context. width: options of each.
+        vocabulary: V. order: tokens of a context, at most. least: times that a context is followed
+            by something, the same token once an answer. width: options of each.
 
     Raises:
         ValueError: there is nothing to count, or contexts of such a vocabulary have no numbers.
     """
+    if least < 1 or width < 1:
+        raise ValueError(f"--least, --options: found {least} and {width}, allowed: 1 or more")
     if (vocabulary + 1) ** order >= 2**63:
         raise ValueError(f"--order: found {order}, allowed with a vocabulary of {vocabulary}: fewer")
     seen: list[defaultdict[tuple[int, ...], Counter[int]]] = [defaultdict(Counter) for _ in range(order + 1)]
@@ -96,9 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--order", type=int, default=ORDER, choices=range(1, 6), help="tokens of a context (default: %(default)s)"
     )
     parser.add_argument(
-        "--least", type=int, default=LEAST, help="answers that a context must have been seen in (default: %(default)s)"
+        "--least",
+        type=int,
+        default=LEAST,
+        help="times that something must have followed a context (default: %(default)s)",
     )
-    parser.add_argument("--options", type=int, default=WIDTH, help="tokens kept behind each (default: 4)")
+    parser.add_argument("--options", type=int, default=WIDTH, help="tokens kept behind each (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
         pipeline = load(args.pipeline)
