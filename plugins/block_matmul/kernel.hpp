@@ -22,6 +22,7 @@ namespace d2sd {
 constexpr size_t GROUP = 32;  // of a row's values that share a scale
 constexpr size_t TILES = 4;   // registers of columns that a row is multiplied with at once
 constexpr size_t ROWS = 4;    // rows that share what is read of the matrix
+constexpr size_t LINE = 64;   // bytes that are fetched at once
 
 // A matrix, and where the product with it goes: y[rows, columns].
 struct Matrix {
@@ -176,7 +177,8 @@ struct EightBits {
     }
 };
 
-// R rows by TILES · 8 columns.
+// R rows by TILES · 8 columns. While the first rows are multiplied, the next columns' weights are fetched: memory alone would
+// be waited for as long again as some rows take.
 template <typename Form, size_t Block, size_t R>
 AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth, size_t row, size_t column) {
     const size_t blocks = depth / Block, groups = depth / GROUP;
@@ -186,6 +188,9 @@ AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& 
     const uint8_t* w[TILES];
     for (size_t t = 0; t < TILES; t++) w[t] = matrix.packed + (column / LANES + t) * blocks * Form::BYTES;
     for (size_t block = 0; block < blocks; block++) {
+        if (row == 0)
+            for (const auto* at : w)
+                for (size_t i = 0; i < Form::BYTES; i += LINE) __builtin_prefetch(at + TILES * blocks * Form::BYTES + i, 0, 2);
         const size_t start = row * groups + block * Block / GROUP;
         Form::template add<R>(w, x.codes.get() + row * depth + block * Block, depth, x.scales.get() + start,
                               x.sums.get() + start, out);
