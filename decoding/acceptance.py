@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 
 from decoding.engines import Array
@@ -48,11 +49,11 @@ def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array
         tokens: ``[B, D]``: behind each node the committed one; void behind ``GONE``. The last is the new anchor.
     """
     xp = array_namespace(tree.tokens)
+    if is_numpy_namespace(xp):
+        return _on_host(tree, choose)
     node = xp.zeros_like(tree.tokens[:, 0])
     nodes, tokens = [], []
     for depth in range(tree.height + 1):
-        if depth and is_numpy_namespace(xp) and not (node >= 0).any():
-            break
         token = choose(depth, node)
         nodes.append(node)
         tokens.append(token)
@@ -61,3 +62,21 @@ def walk(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array
         child = (tree.parents == node[:, None]) & (tree.tokens == token[:, None])
         node = xp.where(xp.any(child, axis=-1), xp.argmax(xp.astype(child, xp.int64), axis=-1), GONE)
     return xp.stack(nodes, axis=1), xp.stack(tokens, axis=1)
+
+
+def _on_host(tree: PrefixTree, choose: Callable[[int, Array], Array]) -> tuple[Array, Array]:
+    """``walk`` where a look at a number costs less than an operation on arrays."""
+    children = [
+        {(parent, token): node for node, (parent, token) in enumerate(zip(*both, strict=True)) if parent >= 0}
+        for both in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)
+    ]
+    node = [0] * len(children)
+    nodes, tokens = [], []
+    for depth in range(tree.height + 1):
+        token = choose(depth, np.array(node))
+        nodes.append(node)
+        tokens.append(token)
+        node = [own.get(at, GONE) for own, at in zip(children, zip(node, token.tolist(), strict=True), strict=True)]
+        if max(node) < 0:
+            break
+    return np.array(nodes).T, np.stack(tokens, axis=1)

@@ -22,6 +22,8 @@ from decoding.sequence import Sequence
 from decoding.sources import NGRAMS, TEXT, Proposer
 from decoding.text import Text
 
+LEAST = 0.8  # of what a node must be worth to pay: less than all, because sizes are a staircase and some come for less
+
 
 class Auto:
     """Carries out what the planner plans. A cycle calls its methods in the order in which they stand here."""
@@ -55,7 +57,7 @@ class Auto:
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
-        worth, least = [list[float]() for _ in own], bar.node / 2
+        worth, least = [list[float]() for _ in own], LEAST * bar.node
         if looks := self.planner.looks(bar):
             worth = [self._worth(s, least) for s in own]
         silent = self.planner.hopeless(bar, [value for values in worth for value in values])

@@ -22,12 +22,17 @@ class Calibration:
         origins = 1 << len(ORIGINS)
         self.shared = [TEXT_PRIOR if origin & TEXT else 0.0 for origin in range(origins)]
         self.own = [[0.0] * DEPTHS for _ in range(origins)]
+        self._factors = np.ones((origins, DEPTHS), np.float32)
+        self._stale = set(range(origins))
 
     @property
     def factors(self) -> NDArray[np.float32]:
         """``[origins, DEPTHS]``, what the odds of a node are multiplied by; column d for depth d, the last for deeper ones."""
-        logits = np.array(self.shared)[:, None] + np.array(self.own)
-        return np.exp(np.clip(logits, -LIMIT, LIMIT)).astype(np.float32)
+        for origin in self._stale:
+            logits = self.shared[origin] + np.array(self.own[origin])
+            self._factors[origin] = np.exp(np.clip(logits, -LIMIT, LIMIT))
+        self._stale.clear()
+        return self._factors
 
     def corrected(self, values: list[float], origin: int) -> list[float]:
         """Values as one origin's first nodes are corrected."""
@@ -44,6 +49,7 @@ class Calibration:
             if parent in accepted and walk.values[node] > 0:
                 step = RATE * ((node in accepted) - walk.values[node] / walk.values[parent])
                 origin, depth = walk.origins[node], min(walk.depths[node], DEPTHS - 1)
+                self._stale.add(origin)
                 self.shared[origin] = _limited(self.shared[origin] + SHARED * step)
                 self.own[origin][depth] = _limited(self.own[origin][depth] + (1 - SHARED) * step)
 
