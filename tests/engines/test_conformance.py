@@ -39,6 +39,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, 300, n).tolist() for n in (1, 2,
 # ``all`` and ``free`` have every source; trees of fewer are tried on toys (``tests/decoding``).
 FEWER = ("ngrams", "first_text", "first_second", "pooled")
 TRIED = [mode for mode in MODES if mode not in FEWER]
+DRAWN = ("auto", "autoregressive", "all", "d2sd")  # how a draw goes does not depend on who drafted
 
 
 @pytest.mark.parametrize("mode", TRIED)
@@ -57,7 +58,7 @@ def test_greedy_answers_are_transformers(served, mode):
 def test_a_seed_gives_one_answer_in_every_mode_and_batch(served):
     _, engines = served
     answers = set()
-    for mode in TRIED:
+    for mode in DRAWN:
         for slots in (1, 3):
             running = scheduler(engines, mode, slots)
             sequences = [Sequence(PROMPTS[2], 10, Sampling(0.8, 50, 0.95, seed)) for seed in range(3)]

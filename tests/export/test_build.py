@@ -123,6 +123,7 @@ def test_a_failed_export_leaves_the_old_engine(pipeline, monkeypatch):
     assert not list((pipeline / "build" / "engines").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_no_half_engine_and_goes_on(pipeline):
     """A real process, killed while it exports."""
     shutil.rmtree(pipeline / "build" / "engines" / "target")

@@ -190,6 +190,7 @@ def test_a_gguf_file_of_another_type(tmp_path, monkeypatch, capsys, stored, weig
     assert said in out
 
 
+@pytest.mark.slow
 def test_drafters_are_rounded_by_the_same_code(folder, tmp_path):
     options = {"target_layer_ids": [0], "mask_token_id": 299}
     for seed, name in enumerate(("first", "second"), 1):

@@ -74,7 +74,8 @@ def test_every_binding_is_as_the_contract_says(built):
     check(built, "BF16")
 
 
-@pytest.mark.parametrize("precision", ["f32", pytest.param("f16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["f32", "f16"])
 def test_an_engine_computes_in_the_precision_asked_for(tmp_path, precision):
     build(load(compiled_pipeline(tmp_path, precision)), tmp_path / "build", only="second")
     found = record(tmp_path, "second")
@@ -87,6 +88,7 @@ def test_serving_them_without_a_gpu_says_so_before_any_work(built, capsys):
     assert "tensorrt_rtx engines need an NVIDIA GPU and its driver" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_building_again_touches_nothing_and_a_limit_rebuilds(built, capsys):
     build(load(built / "pipeline.yaml"), built / "build")
     assert capsys.readouterr().out.count("up to date") == 3
