@@ -32,7 +32,7 @@ class Calibration:
             logits = self.shared[origin] + np.array(self.own[origin])
             self._factors[origin] = np.exp(np.clip(logits, -LIMIT, LIMIT))
         self._stale.clear()
-        return self._factors
+        return self._factors.copy()  # of this moment: a device may read it later
 
     def corrected(self, values: list[float], origin: int) -> list[float]:
         """Values as one origin's first nodes are corrected."""

@@ -49,9 +49,9 @@ class PrefixTree:
             return self
         xp = array_namespace(self.tokens)
         most = max(counts)
-        if len(counts) == 1 and most <= self.counts[0]:
-            cut = replace(self.mapped(lambda x: x[:, :most]), counts=counts, height=min(self.height, most - 1))
-            return replace(cut, mask=cut.mask[:, :, :most])
+        if len(counts) == 1 and most <= self.counts[0]:  # nothing to fill up
+            cut = self.mapped(lambda x: x[:, :most])
+            return replace(cut, mask=cut.mask[:, :, :most], counts=counts, height=min(self.height, most - 1))
         places = xp.arange(most, dtype=xp.int64, device=device(self.tokens))
         # The host's numbers reach a device as part of an operation, which it does not wait for.
         here = xp.stack([places < count for count in counts])

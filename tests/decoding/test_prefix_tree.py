@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from decoding.acceptance import GONE, walk
-from decoding.prefix_tree import merge
+from decoding.prefix_tree import merge, stack
 
 MEMORIES = [np.asarray, torch.asarray]
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 6))  # B, W, L
@@ -74,3 +74,18 @@ def _common(a, b):
         if x != y:
             return
         yield x
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@given(batch=batches, wanted=st.integers(1, 40))
+def test_a_tree_alone_is_cut_as_among_others(memory, batch, wanted):
+    """Alone there is nothing to fill up, and its arrays are cut; among others it is the one that is not the largest."""
+    tree = merge(memory(np.array([90])), memory(batch[:1]))
+    count = min(wanted, tree.counts[0])
+    larger = merge(memory(np.array([91])), memory(np.arange(count + 1)[None, None]))
+    alone, among = tree.first([count]), stack([tree, larger]).first([count, count + 1])
+    assert alone.counts == [count] == among.counts[:1]
+    for name in ("tokens", "parents", "depths", "values", "origins"):
+        np.testing.assert_array_equal(np.asarray(getattr(alone, name)[0]), np.asarray(getattr(among, name)[0, :count]))
+    np.testing.assert_array_equal(np.asarray(alone.mask[0]), np.asarray(among.mask[0, :count, :count]))
+    assert max(alone.depths[0].tolist()) <= alone.height == min(tree.height, count - 1)

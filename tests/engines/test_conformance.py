@@ -55,7 +55,7 @@ def test_greedy_answers_are_transformers(served, mode):
     assert [s.answer for s in sequences] == [generate(model, prompt, 24) for prompt in PROMPTS]
 
 
-def test_a_seed_gives_one_answer_in_every_mode_and_batch(served):
+def test_a_seed_gives_one_answer_whoever_drafts_and_whatever_the_batch(served):
     _, engines = served
     answers = set()
     for mode in DRAWN:
