@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.cpu import has
 from engines.engine import GraphInfo
-from plugins.block_matmul.packed import LANES, Packed, pack
+from plugins.block_matmul.packed import LANES, Packed, pack, pack_floats
 
 WIDE = ("avx512_vnni", "avx_vnni")  # the CPU multiplies 8-bit numbers: OpenVINO then rounds rows itself, and is fast
 KERNELS = ("avx2", "fma", "f16c")  # what ours need
@@ -146,7 +146,7 @@ def block_matmul(ov: Any, factory: Any) -> Any:
     def convert(node: Any) -> list[Any]:
         x, *tensors = (node.get_input(i) for i in range(node.get_input_size()))
         given = iter(tensors)
-        matrices = [[next(given) for _ in range(2 + has)] for has in node.get_attribute("has_minima")]
+        matrices = [[next(given) for _ in range(count)] for count in node.get_attribute("tensors")]
         packed = [_packed(ov, *matrix) if factory is not None else None for matrix in matrices]
         forms = {(each.bits, each.block, each.half) if each else None for each in packed}
         if len(forms) == 1 and None not in forms:
@@ -160,6 +160,11 @@ def block_matmul(ov: Any, factory: Any) -> Any:
 
 
 def _packed(ov: Any, codes: Any, *numbers: Any) -> Packed | None:
+    if not numbers:
+        maker = codes.get_node()
+        turned = maker.get_type_name() == "Transpose"
+        values = (maker.input_value(0).get_node() if turned else maker).data
+        return pack_floats(values.T if turned else values)
     bits = 4 if codes.get_element_type() == ov.Type.i4 else 8
     return pack(_codes(ov, codes), *(each.get_node().data for each in numbers), bits=bits)
 
@@ -179,12 +184,14 @@ def _codes(ov: Any, constant: Any) -> NDArray[np.int8]:
     return data.reshape(list(constant.get_shape()))
 
 
-def _in_own_operators(op: Any, x: Any, codes: Any, scales: Any, minima: Any = None) -> Any:
-    """A product that OpenVINO computes on the codes as they lie.
+def _in_own_operators(op: Any, x: Any, codes: Any, scales: Any = None, minima: Any = None) -> Any:
+    """A product that OpenVINO computes on the codes as they lie. Without scales they are floats.
 
     Minima are a second, small product where the CPU multiplies 8-bit numbers. Elsewhere codes are unfolded anyway, and
     minima become zero points of theirs, ``x·(s·(q + m / s))``: exact, and one product less.
     """
+    if scales is None:
+        return op.matmul(x, codes, False, False).output(0)
     depth, columns = codes.get_shape()
     groups = scales.get_shape()[0]
     size = depth // groups

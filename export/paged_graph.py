@@ -21,7 +21,8 @@ What leaves the operator for a row that sees none of the call's rows, nobody rea
 
 ``past_lengths``, ``mask`` and the ``new_*`` outputs are gone.
 
-Products of one x with matrices in blocks are one node, ``d2sd::BlockMatMul`` (``plugins/block_matmul``), minima included.
+Products of one x with matrices in blocks, or of floats, are one node, ``d2sd::BlockMatMul`` (``plugins/block_matmul``), minima
+included.
 """
 
 from pathlib import Path
@@ -41,6 +42,7 @@ PAGED = {
     "qq_bias_begins": (INT32, ["begins"]),
 }
 DRAFTER = {name: (INT64, [name]) for name in ("key_rows", "query_rows", "out_rows")}
+Products = dict[str, list[tuple[list[str], str]]]  # of an x: a matrix's tensors, and what the product is called
 TARGET = {"asked": (INT64, ["asked"])}
 
 
@@ -63,6 +65,7 @@ def write_paged(graph: Path, place: Path) -> None:
         _select(content)
         told = told | TARGET
     _join_blocks(content)
+    _join_floats(content)
     inputs = [value for value in content.input if value.name not in ("mask", "past_lengths")]
     outputs = [value for value in content.output if not value.name.startswith("new_")]
     del content.input[:], content.output[:], content.value_info[:], model.functions[:]
@@ -88,7 +91,7 @@ def _select(content: onnx.GraphProto) -> None:
 def _join_blocks(content: onnx.GraphProto) -> None:
     """``x·(s·q)``, and ``sums(x)·m`` where there are minima, of all matrices that the same x meets, become one node."""
     readers = {name: node for node in content.node for name in node.input}
-    products: dict[str, list[tuple[list[str], str]]] = {}  # of an x: a matrix's tensors, and what the product is called
+    products: Products = {}
     for node in content.node:
         if node.op_type != "DequantizeLinear":
             continue
@@ -99,14 +102,29 @@ def _join_blocks(content: onnx.GraphProto) -> None:
             matrix.append(sums.input[1])
             last = readers[sums.output[0]]
         products.setdefault(x, []).append((matrix, last.output[0]))
+    _join(content, products)
+
+
+def _join_floats(content: onnx.GraphProto) -> None:
+    """``x·W`` of all matrices of floats that the same x meets become one node."""
+    matrices = {each.name for each in content.initializer}
+    matrices |= {node.output[0] for node in content.node if node.op_type == "Transpose" and node.input[0] in matrices}
+    products: Products = {}
+    for node in content.node:
+        if node.op_type == "MatMul" and node.input[1] in matrices:
+            products.setdefault(node.input[0], []).append(([node.input[1]], node.output[0]))
+    _join(content, products)
+
+
+def _join(content: onnx.GraphProto, products: Products) -> None:
     nodes = list(content.node)
     for x, found in products.items():
         names = [name for _, name in found]
         inputs = [x, *(tensor for matrix, _ in found for tensor in matrix)]
-        has_minima = [int(len(matrix) == 3) for matrix, _ in found]
+        tensors = [len(matrix) for matrix, _ in found]
         at = next(i for i, node in enumerate(nodes) if node.output[0] in names)
         nodes = [node for node in nodes if node.output[0] not in names]
-        nodes.insert(at, onnx.helper.make_node("BlockMatMul", inputs, names, domain=DOMAIN, has_minima=has_minima))
+        nodes.insert(at, onnx.helper.make_node("BlockMatMul", inputs, names, domain=DOMAIN, tensors=tensors))
     wanted = {value.name for value in content.output}
     kept = []
     for node in reversed(nodes):

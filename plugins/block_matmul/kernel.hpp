@@ -1,8 +1,9 @@
-// Rows times a matrix whose weights stay in blocks of 4- or 8-bit codes, for x86 with AVX2. Layout of the matrix: packed.py.
+// Rows times a matrix whose weights stay in blocks of 4- or 8-bit codes, or of floats, for x86 with AVX2. Layout of the matrix:
+// packed.py.
 //
-// A row is rounded to 8 bits in groups of 32, each with a scale of its own, as llama.cpp does in front of the same blocks
-// (Q8_1): products of codes are then exact in integers, and an instruction makes 32 of them instead of 8. Each row's result is
-// the same to the bit whatever rows are beside it.
+// In front of codes a row is rounded to 8 bits in groups of 32, each with a scale of its own, as llama.cpp does in front of the
+// same blocks (Q8_1): products of codes are then exact in integers, and an instruction makes 32 of them instead of 8. Each row's
+// result is the same to the bit whatever rows are beside it.
 #pragma once
 
 #include <tbb/blocked_range.h>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../openvino/avx2.hpp"
@@ -20,8 +22,7 @@
 namespace d2sd {
 
 constexpr size_t GROUP = 32;  // of a row's values that share a scale
-constexpr size_t TILES = 4;   // registers of columns that a row is multiplied with at once
-constexpr size_t ROWS = 4;    // rows that share what is read of the matrix
+constexpr size_t TILES = 4;   // registers of columns that rows, as many as a form's ROWS, are multiplied with at once
 constexpr size_t LINE = 64;   // bytes that are fetched at once
 
 // A matrix, and where the product with it goes: y[rows, columns].
@@ -33,14 +34,11 @@ struct Matrix {
     size_t parts() const { return (columns + TILES * LANES - 1) / (TILES * LANES); }
 };
 
-// Rounded rows: codes as bytes in front of 4-bit weights, as words in front of 8-bit ones.
+// Rows as they are multiplied, and what a product of theirs needs beside them.
 template <typename Code>
-struct Rounded {
-    std::unique_ptr<Code[]> codes;
-    std::unique_ptr<float[]> scales, sums;  // a group's sum, of the rounded values
-
-    Rounded(size_t rows, size_t depth)
-        : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {}
+struct Rows {
+    const Code* codes;
+    const float *scales, *sums;
 };
 
 AVX2 __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
@@ -81,6 +79,31 @@ AVX2_TARGET inline void round_row(const float* x, size_t depth, Code* codes, flo
         round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
 }
 
+// Rounded rows: codes as bytes in front of 4-bit weights, as words in front of 8-bit ones.
+template <typename Code>
+class Rounded {
+public:
+    Rounded(const float* x, size_t rows, size_t depth)
+        : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {
+        const size_t groups = depth / GROUP;
+        const auto some = [&](const tbb::blocked_range<size_t>& range) {
+            for (size_t row = range.begin(); row < range.end(); row++)
+                round_row(x + row * depth, depth, &codes[row * depth], &scales[row * groups], &sums[row * groups]);
+        };
+        const tbb::blocked_range<size_t> all(0, rows, 4);  // fewer are not worth waking a thread
+        if (rows > 4)
+            tbb::parallel_for(all, some);
+        else
+            some(all);
+    }
+
+    Rows<Code> rows() const { return {codes.get(), scales.get(), sums.get()}; }
+
+private:
+    std::unique_ptr<Code[]> codes;
+    std::unique_ptr<float[]> scales, sums;  // a group's sum, of the rounded values
+};
+
 AVX2 __m256i repeated(const void* four_bytes) {
     int bytes;
     std::memcpy(&bytes, four_bytes, 4);
@@ -109,7 +132,7 @@ AVX2 void put(__m256 values, float* to, size_t columns) {
 template <size_t Block, bool Half>
 struct FourBits {
     using Code = int8_t;
-    static constexpr size_t WIDTH = Half ? 16 : 32, BYTES = 128 + 2 * WIDTH;
+    static constexpr size_t WIDTH = Half ? 16 : 32, BYTES = 128 + 2 * WIDTH, ROWS = 4;
 
     template <size_t R>
     static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float* sums,
@@ -147,7 +170,7 @@ struct FourBits {
 template <size_t Block, bool Half>
 struct EightBits {
     using Code = int16_t;
-    static constexpr size_t BYTES = LANES * Block + (Half ? 16 : 32);
+    static constexpr size_t BYTES = LANES * Block + (Half ? 16 : 32), ROWS = 4;
 
     template <size_t R>
     static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
@@ -177,23 +200,47 @@ struct EightBits {
     }
 };
 
-// R rows by TILES · 8 columns. While the first rows are multiplied, the next columns' weights are fetched: memory alone would
-// be waited for as long again as some rows take.
+// A block of floats of 8 columns.
+template <size_t Block, bool>
+struct Floats {
+    using Code = float;
+    static constexpr size_t BYTES = LANES * Block * sizeof(float), ROWS = 3;  // whose sums leave registers for what is read
+
+    template <size_t R>
+    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float*, const float*,
+                         __m256 (&out)[R][TILES]) {
+        __m256 sums[R][TILES];  // of its own, or GCC writes them to memory in every step
+        std::memcpy(sums, out, sizeof(sums));
+        for (size_t k = 0; k < Block; k++) {
+            __m256 one[R];
+            for (size_t r = 0; r < R; r++) one[r] = _mm256_broadcast_ss(x + r * depth + k);
+            for (size_t t = 0; t < TILES; t++) {
+                const __m256 weights = _mm256_loadu_ps(reinterpret_cast<const float*>(w[t]) + k * LANES);
+                for (size_t r = 0; r < R; r++) sums[r][t] = _mm256_fmadd_ps(weights, one[r], sums[r][t]);
+            }
+        }
+        std::memcpy(out, sums, sizeof(sums));
+    }
+};
+
+// R rows by TILES · 8 columns. Each of the groups of rows that are multiplied with these columns fetches a part of the next
+// columns' weights: memory alone would be waited for as long again as some rows take.
 template <typename Form, size_t Block, size_t R>
-AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& x, size_t depth, size_t row, size_t column) {
+AVX2_TARGET void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth, size_t row, size_t column,
+                      size_t shares) {
     const size_t blocks = depth / Block, groups = depth / GROUP;
     __m256 out[R][TILES];
     for (auto& sums : out)
         for (auto& sum : sums) sum = _mm256_setzero_ps();
     const uint8_t* w[TILES];
     for (size_t t = 0; t < TILES; t++) w[t] = matrix.packed + (column / LANES + t) * blocks * Form::BYTES;
+    const size_t share = TILES * Form::BYTES / shares;
+    const uint8_t* next = w[0] + (TILES * Form::BYTES + row / Form::ROWS * share) * blocks;
     for (size_t block = 0; block < blocks; block++) {
-        if (row == 0)
-            for (const auto* at : w)
-                for (size_t i = 0; i < Form::BYTES; i += LINE) __builtin_prefetch(at + TILES * blocks * Form::BYTES + i, 0, 2);
+        for (size_t i = 0; i < share; i += LINE) __builtin_prefetch(next + i, 0, 2);
+        next += share;
         const size_t start = row * groups + block * Block / GROUP;
-        Form::template add<R>(w, x.codes.get() + row * depth + block * Block, depth, x.scales.get() + start,
-                              x.sums.get() + start, out);
+        Form::template add<R>(w, x.codes + row * depth + block * Block, depth, x.scales + start, x.sums + start, out);
         for (auto& at : w) at += Form::BYTES;
     }
     for (size_t r = 0; r < R; r++)
@@ -203,42 +250,42 @@ AVX2_TARGET void tile(const Matrix& matrix, const Rounded<typename Form::Code>& 
         }
 }
 
-template <template <size_t, bool> class Bits, size_t Block, bool Half>
-void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
-    using Form = Bits<Block, Half>;
-    Rounded<typename Form::Code> rounded(rows, depth);
-    const size_t groups = depth / GROUP;
-    const auto round = [&](const tbb::blocked_range<size_t>& some) {
-        for (size_t row = some.begin(); row < some.end(); row++)
-            round_row(x + row * depth, depth, rounded.codes.get() + row * depth, rounded.scales.get() + row * groups,
-                      rounded.sums.get() + row * groups);
-    };
-    const tbb::blocked_range<size_t> all(0, rows, 4);  // fewer are not worth waking a thread
-    if (rows > 4)
-        tbb::parallel_for(all, round);
-    else
-        round(all);
+template <typename Form, size_t Block>
+void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
     size_t parts = 0;
     for (const auto& matrix : matrices) parts += matrix.parts();
     tbb::parallel_for(size_t{0}, parts, [&](size_t part) {
         auto matrix = matrices.begin();
         for (; part >= matrix->parts(); matrix++) part -= matrix->parts();
-        const size_t column = part * TILES * LANES;
+        const size_t column = part * TILES * LANES, shares = (rows + Form::ROWS - 1) / Form::ROWS;
         size_t row = 0;
-        for (; row + ROWS <= rows; row += ROWS) tile<Form, Block, ROWS>(*matrix, rounded, depth, row, column);
+        for (; row + Form::ROWS <= rows; row += Form::ROWS)
+            tile<Form, Block, Form::ROWS>(*matrix, x, depth, row, column, shares);
         switch (rows - row) {
-            case 3: return tile<Form, Block, 3>(*matrix, rounded, depth, row, column);
-            case 2: return tile<Form, Block, 2>(*matrix, rounded, depth, row, column);
-            case 1: return tile<Form, Block, 1>(*matrix, rounded, depth, row, column);
+            case 3: return tile<Form, Block, 3>(*matrix, x, depth, row, column, shares);
+            case 2: return tile<Form, Block, 2>(*matrix, x, depth, row, column, shares);
+            case 1: return tile<Form, Block, 1>(*matrix, x, depth, row, column, shares);
         }
     });
 }
 
-// y[rows, columns] = x[rows, depth] · W for matrices of one form. Blocks are of 32 with 4 bits, of 32 or 16 with 8; half:
+template <template <size_t, bool> class Bits, size_t Block, bool Half>
+void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
+    using Form = Bits<Block, Half>;
+    if constexpr (std::is_same_v<typename Form::Code, float>) {
+        multiply_rows<Form, Block>({x, x, x}, rows, depth, matrices);
+    } else {
+        const Rounded<typename Form::Code> rounded(x, rows, depth);
+        multiply_rows<Form, Block>(rounded.rows(), rows, depth, matrices);
+    }
+}
+
+// y[rows, columns] = x[rows, depth] · W for matrices of one form. Blocks are of 32 with 4 bits or 32, of 32 or 16 with 8; half:
 // scales and minima are f16.
 inline void multiply(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices, int64_t bits,
                      int64_t block, bool half) {
-    const auto as = bits == 4     ? (half ? multiply_as<FourBits, 32, true> : multiply_as<FourBits, 32, false>)
+    const auto as = bits == 32    ? multiply_as<Floats, 32, false>
+                    : bits == 4   ? (half ? multiply_as<FourBits, 32, true> : multiply_as<FourBits, 32, false>)
                     : block == 32 ? (half ? multiply_as<EightBits, 32, true> : multiply_as<EightBits, 32, false>)
                                   : (half ? multiply_as<EightBits, 16, true> : multiply_as<EightBits, 16, false>);
     as(x, rows, depth, matrices);

@@ -6,6 +6,7 @@ and, with 4 bits, eight minima.
 * 4 bits (codes 0 to 15, blocks of 32): four times 32 bytes. Byte 4·c + j of the g-th holds rows 4·g + j (low half) and
   16 + 4·g + j (high half) of column c.
 * 8 bits (codes -128 to 127, blocks of 16 or 32): 16 bytes for each two rows. Byte 2·c + j holds row j of the two of column c.
+* 32 bits: floats, row by row; they have no scales. Blocks are of 32.
 
 Scales and minima are f16 where that is exact for all of them, as it is for what a GGUF file holds as f16, else f32.
 """
@@ -23,7 +24,7 @@ class Packed:
     """A matrix ``[K, N]``.
 
     Attributes:
-        data: bytes, in the order above. columns: N. bits, block: of codes. half: scales and minima are f16.
+        data: bytes, in the order above. columns: N. bits, block: of codes or floats. half: scales and minima are f16.
     """
 
     data: NDArray[np.uint8]
@@ -63,6 +64,15 @@ def pack(
         body = units.reshape(*units.shape[:2], block // 2, 2, LANES).swapaxes(3, 4)
     flat = [np.ascontiguousarray(each).reshape(*units.shape[:2], -1).view(np.uint8) for each in (body, *lanes)]
     return Packed(np.concatenate(flat, axis=-1).reshape(-1), columns, bits, block, half)
+
+
+def pack_floats(weights: NDArray[np.float32]) -> Packed | None:
+    """Pack a matrix ``[K, N]``; None where K is no multiple of 32."""
+    depth, columns = weights.shape
+    if depth % WIDTH:
+        return None
+    blocks = np.ascontiguousarray(_lanes(weights, depth // WIDTH, WIDTH))
+    return Packed(blocks.reshape(-1).view(np.uint8), columns, 32, WIDTH, False)
 
 
 def _lanes(matrix: NDArray, blocks: int, rows: int) -> NDArray:

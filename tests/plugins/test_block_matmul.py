@@ -73,6 +73,31 @@ def test_a_row_is_the_same_beside_any_others(factory, bits, block):
         np.testing.assert_array_equal(run(rows[start : start + count])[0], whole[start : start + count])
 
 
+def test_floats(factory):
+    """No row is rounded, and each is the same beside any others."""
+    rng = np.random.default_rng(4)
+    for depth, columns in SIZES:
+        weights = rng.normal(size=(depth, columns)).astype(np.float32)
+        x = op.parameter([1, -1, depth], np.float32)
+        made = openvino_operators._in_one(op, factory, x, [packed.pack_floats(weights), packed.pack_floats(-weights)])
+        request = ov.Core().compile_model(ov.Model(made, [x]), "CPU").create_infer_request()
+        rows = rng.normal(size=(max(ROWS), depth)).astype(np.float32)
+        whole = request.infer([rows[None]])[0][0].copy()
+        np.testing.assert_allclose(whole, rows.astype(np.float64) @ weights, atol=1e-5 * depth**0.5 * 10)
+        for n in ROWS:
+            found = request.infer([rows[None, :n]])
+            np.testing.assert_array_equal(found[0][0], whole[:n])
+            np.testing.assert_array_equal(found[1][0], -whole[:n])
+    assert packed.pack_floats(np.zeros((33, 8), np.float32)) is None, "blocks are of 32"
+
+
+def test_floats_that_a_graph_turns(factory):
+    rng = np.random.default_rng(5)
+    weights = rng.normal(size=(41, 64)).astype(np.float32)
+    turned = op.transpose(op.constant(weights), op.constant(np.array([1, 0])))
+    assert np.array_equal(openvino_operators._packed(ov, turned.output(0)).data, packed.pack_floats(weights.T).data)
+
+
 def test_matrices_that_share_rows(factory):
     rng = np.random.default_rng(2)
     matrices = [matrix(rng, 4, 32, 64, columns, minima=True) for columns in (33, 1, 64)]
