@@ -134,7 +134,8 @@ class Costs(Protocol):
     """What a call takes on this machine at its usual pace, in seconds.
 
     ``pace``: how many times as long calls take at the moment.
-    ``rows``: int64 array, tokens of the call over all its sequences (a drafter's: of blocks, and features taken in).
+    ``rows``: tokens of the call over all its sequences (a drafter's: of blocks, and features taken in); for the target an int64
+    array of any shape.
     ``context``: tokens in the caches of its sequences, together.
     """
 
@@ -142,9 +143,9 @@ class Costs(Protocol):
 
     def target(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
 
-    def first(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
+    def first(self, rows: int, sequences: int, context: int) -> float: ...
 
-    def second(self, rows: Ints, sequences: int, context: int) -> NDArray[np.float64]: ...
+    def second(self, rows: int, sequences: int, context: int) -> float: ...
 
     def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
         """Learn from a call that was made. engine: ``target``, ``first`` or ``second``."""

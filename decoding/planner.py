@@ -105,7 +105,7 @@ class Planner:
             least *= max(1.0, promised / max(kept, 1e-6))
             node = float((least / np.arange(1, LOOK + 1)).min())
             bar = self.bars[sequences] = Bar(
-                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node
+                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node, seconds
             )
         return bar
 
@@ -280,14 +280,17 @@ class Planner:
         """
         cost = self.costs.second if branches else self.costs.first
         blocks = len(some) * self.block_size * max(branches, 1)
-        lags = now.lags[1 if branches else 0][list(some)]
-        usual = np.minimum(lags, self.block_size)
-        context = int(now.contexts[list(some)].sum())
-        now_and_then, all_of_it = cost(np.array([blocks + usual.sum(), blocks + lags.sum()]), len(some), context)
+        lags = [int(now.lags[1 if branches else 0, b]) for b in some]
+        context = int(sum(now.contexts[b] for b in some))
+        usually, all_of_it = blocks + sum(min(lag, self.block_size) for lag in lags), blocks + sum(lags)
         if at_once:
-            return float(all_of_it)
+            return cost(all_of_it, len(some), context)
+        seconds = cost(usually, len(some), context)
+        if all_of_it == usually:
+            return seconds
         left = np.mean([s.max_tokens - len(s.answer) for s in (now.sequences[b] for b in some)])
-        return float(now_and_then + max(0.0, all_of_it - now_and_then) / np.clip(left / 3, 1, HORIZON))
+        beyond = max(0.0, cost(all_of_it, len(some), context) - seconds)
+        return seconds + beyond / float(np.clip(left / 3, 1, HORIZON))
 
     def _verify(
         self, now: Situation, values: NDArray[np.float64], spent: float, drafting: Literal["draft", "redraft"] = "draft"
@@ -323,8 +326,8 @@ class Planner:
 
     def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
-        size = len(now.sequences)
-        return self.costs.target(now.others + size + nodes, size, now.context)
+        size, curve = len(now.sequences), self._bar(now).curve
+        return curve[nodes] if len(nodes) <= len(curve) else self.costs.target(now.others + size + nodes, size, now.context)
 
     def _rate(self, now: Situation) -> float:
         return self._rate_at(len(now.sequences), self._bar(now).alone)

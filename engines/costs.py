@@ -107,11 +107,11 @@ class Costs:
     def target(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
         return self.tables["target"](rows, sequences, context)
 
-    def first(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
-        return self.tables["first"](rows, sequences, context)
+    def first(self, rows: int, sequences: int, context: int) -> float:
+        return self.tables["first"].once(rows, sequences, context)
 
-    def second(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
-        return self.tables["second"](rows, sequences, context)
+    def second(self, rows: int, sequences: int, context: int) -> float:
+        return self.tables["second"].once(rows, sequences, context)
 
     def observe(self, engine: str, rows: int, sequences: int, context: int, seconds: float) -> None:
         table = self.tables[engine]

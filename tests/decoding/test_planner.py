@@ -90,7 +90,7 @@ def test_it_is_never_slower_than_plain_decoding(name, slots):
     made = decoder("auto", costs=costs)
     sequences = [Sequence([i % VOCABULARY, 1, 3], 60, Sampling(0.5, seed=i)) for i in range(9)]
     run(made, sequences, slots, piece=1000)
-    took = sum(float(getattr(costs, e)(np.array([max(r, n)]), n, c)[0]) for e, r, n, c in costs.observed if e != "target")
+    took = sum(getattr(costs, e)(max(r, n), n, c) for e, r, n, c in costs.observed if e != "target")
     took += sum(float(costs.target(np.array([r]), n, c)[0]) for e, r, n, c in costs.observed if e == "target")
     committed = sum(len(s.answer) for s in sequences)
     plain = committed / slots * float(costs.target(np.array([slots]), slots, 0)[0])

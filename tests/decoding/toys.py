@@ -201,10 +201,10 @@ class ToyCosts:
         return self._seconds("target", rows, sequences, context)
 
     def first(self, rows, sequences, context):
-        return self._seconds("first", rows, sequences, context)
+        return float(self._seconds("first", np.array([rows]), sequences, context)[0])
 
     def second(self, rows, sequences, context):
-        return self._seconds("second", rows, sequences, context)
+        return float(self._seconds("second", np.array([rows]), sequences, context)[0])
 
     def observe(self, engine, rows, sequences, context, seconds):
         assert engine in self.share
