@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Case:
 
     Attributes:
         group: the table that it belongs to. name: its row. prompts: of token ids, one for each request.
+        tokens: of an answer, at most. ends: whether the target may end it before; else all are of one length.
     """
 
     group: str
@@ -62,6 +63,7 @@ class Case:
     prompts: tuple[tuple[int, ...], ...]
     tokens: int
     temperature: float = 0.0
+    ends: bool = False
 
     @property
     def alone(self) -> bool:
@@ -134,7 +136,8 @@ class Ours:
 
     def _sequences(self, case: Case, mode: ModeName, seed: int) -> list[Sequence]:
         sampling = [Sampling(case.temperature, seed=seed + i) for i in range(len(case.prompts))]
-        return [Sequence(list(p), case.tokens, s, mode=mode) for p, s in zip(case.prompts, sampling, strict=True)]
+        ends = frozenset(self.directory.manifest["end_ids"] if case.ends else [])
+        return [Sequence(list(p), case.tokens, s, mode=mode, end_ids=ends) for p, s in zip(case.prompts, sampling, strict=True)]
 
 
 class Peer:
@@ -188,10 +191,10 @@ def cases(tokenizer: PreTrainedTokenizerFast, each: int, tokens: int, longest: i
         by_task[prompt.task].append(ids[prompt.id])
     for number in range(each):
         for task, own in by_task.items():
-            yield Case("task", task, (own[number % len(own)],), tokens)
+            yield Case("task", task, (own[number % len(own)],), tokens, ends=True)
     for temperature in (0.7, 1.0):
         for own in by_task.values():
-            yield Case("temperature", f"T = {temperature:g}", (own[0],), tokens, temperature)
+            yield Case("temperature", f"T = {temperature:g}", (own[0],), tokens, temperature, ends=True)
     mixed = random.Random(0).sample([p for own in by_task.values() for p in own], 16)
     for together in (2, 4, 8, 16):
         yield Case("concurrency", f"{together} together", tuple(mixed[:together]), tokens)
@@ -261,7 +264,8 @@ def table(samples: Many[dict[str, Any]], group: str, modes: Many[str]) -> str:
 def beside(ours: Ours, peers: Many[Peer], tokenizer: PreTrainedTokenizerFast, chosen: Many[Case], rounds: int) -> str:
     """Ours and the peers', in turn, on the same prompts: tokens/s of decoding for one, of everything for eight together."""
     rates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    alone = [case for case in chosen if case.group == "task"][:8]
+    # Peers are told to go on behind an answer's end, so that all make as many tokens.
+    alone = [replace(case, ends=False) for case in chosen if case.group == "task"][:8]
     eight = [case for case in chosen if case.name == "8 together"]
     for turn in range(rounds):
         for case in (*alone, *eight):

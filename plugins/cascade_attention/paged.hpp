@@ -65,31 +65,69 @@ AVX2 __m256 sums(const __m256 (&x)[8]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
+// Eight numbers, in a register: GCC would read them from memory again for every use.
+AVX2 __m256 held(const float* at) {
+    __m256 values = _mm256_loadu_ps(at);
+    asm("" : "+x"(values));
+    return values;
+}
+
 // Scores of a query with the 32 keys of a block.
-AVX2 void score(const float* q, const float* keys, size_t dim, __m256 (&scores)[KEYS / LANES]) {
-    for (size_t group = 0; group < KEYS / LANES; group++) {
+AVX2 void score(const float* q, const float* keys, size_t dim, float* scores) {
+    for (size_t group = 0; group < KEYS; group += LANES) {
         __m256 products[LANES];
         for (auto& product : products) product = _mm256_setzero_ps();
         for (size_t d = 0; d < dim; d += LANES) {
             const __m256 part = _mm256_loadu_ps(q + d);
             for (size_t key = 0; key < LANES; key++)
-                products[key] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (group * LANES + key) * dim + d), products[key]);
+                products[key] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (group + key) * dim + d), products[key]);
         }
-        scores[group] = sums(products);
+        _mm256_storeu_ps(scores + group, sums(products));
     }
 }
 
-// out += weights · values, for Registers · 8 of the dimensions.
-template <size_t Registers>
-AVX2 void gather(const float* weights, const float* values, size_t dim, size_t count, float* out) {
-    __m256 total[Registers];
-    for (size_t i = 0; i < Registers; i++) total[i] = _mm256_loadu_ps(out + i * LANES);
-    for (size_t key = 0; key < count; key++) {
-        const __m256 weight = _mm256_set1_ps(weights[key]);
-        for (size_t i = 0; i < Registers; i++)
-            total[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + key * dim + i * LANES), total[i]);
+// Of two queries: a key that is read once is multiplied twice. Each score is added up as if its query were alone.
+AVX2 void score(const float* q, const float* keys, size_t dim, float* scores, float* others) {
+    for (size_t group = 0; group < KEYS; group += LANES / 2) {
+        __m256 products[LANES];  // of the first query with four keys, and of the second
+        for (auto& product : products) product = _mm256_setzero_ps();
+        for (size_t d = 0; d < dim; d += LANES) {
+            const __m256 part = _mm256_loadu_ps(q + d), other = _mm256_loadu_ps(q + dim + d);
+            for (size_t key = 0; key < LANES / 2; key++) {
+                const __m256 own = held(keys + (group + key) * dim + d);
+                products[key] = _mm256_fmadd_ps(part, own, products[key]);
+                products[LANES / 2 + key] = _mm256_fmadd_ps(other, own, products[LANES / 2 + key]);
+            }
+        }
+        const __m256 both = sums(products);
+        _mm_storeu_ps(scores + group, _mm256_castps256_ps128(both));
+        _mm_storeu_ps(others + group, _mm256_extractf128_ps(both, 1));
     }
-    for (size_t i = 0; i < Registers; i++) _mm256_storeu_ps(out + i * LANES, total[i]);
+}
+
+// out += weights · values of a block's keys, for Registers · 8 of the dimensions, of Count queries.
+template <size_t Count, size_t Registers>
+AVX2 void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
+    __m256 total[Count][Registers];
+    for (size_t i = 0; i < Count; i++)
+        for (size_t r = 0; r < Registers; r++) total[i][r] = _mm256_loadu_ps(out[i] + d + r * LANES);
+    for (size_t key = 0; key < keys; key++) {
+        __m256 weight[Count];
+        for (size_t i = 0; i < Count; i++) weight[i] = _mm256_set1_ps(weights[i][key]);
+        for (size_t r = 0; r < Registers; r++) {
+            const __m256 value = held(values + key * dim + d + r * LANES);
+            for (size_t i = 0; i < Count; i++) total[i][r] = _mm256_fmadd_ps(weight[i], value, total[i][r]);
+        }
+    }
+    for (size_t i = 0; i < Count; i++)
+        for (size_t r = 0; r < Registers; r++) _mm256_storeu_ps(out[i] + d + r * LANES, total[i][r]);
+}
+
+template <size_t Count, size_t Registers>
+AVX2 void gather_all(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out) {
+    size_t d = 0;
+    for (; d + Registers * LANES <= dim; d += Registers * LANES) gather<Count, Registers>(weights, values, dim, keys, out, d);
+    for (; d < dim; d += LANES) gather<Count, 1>(weights, values, dim, keys, out, d);
 }
 
 // What rows of a sequence ask of a KV head, with all query heads that share it.
@@ -122,23 +160,21 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS;
         const float* keys = a.past_k + a.place(sequence, block, kv_head);
+        for (size_t i = 0; i < count; i += 2) {
+            float* scores = &all[i * width + start];
+            if (i + 1 < count)
+                score(&queries[i * dim], keys, dim, scores, scores + width);
+            else
+                score(&queries[i * dim], keys, dim, scores);
+        }
         for (size_t i = 0; i < count; i++) {
-            __m256 scores[KEYS / LANES];
-            score(&queries[i * dim], keys, dim, scores);
+            float* scores = &all[i * width + start];
             if (start + KEYS > past) {  // what is behind the past, the mask decides; what is behind the end is nobody's
                 const uint8_t* sees = a.mask + a.mask_begins[sequence] + work.row(i) * n;
-                alignas(32) float hidden[KEYS];
                 for (size_t key = 0; key < KEYS; key++)
-                    hidden[key] = start + key < past || (start + key < seen && sees[start + key - past]) ? 0.0f : 1.0f;
-                for (size_t g = 0; g < KEYS / LANES; g++) {
-                    const __m256 gone = _mm256_cmp_ps(_mm256_load_ps(hidden + g * LANES), _mm256_setzero_ps(), _CMP_NEQ_OQ);
-                    scores[g] = _mm256_blendv_ps(scores[g], _mm256_set1_ps(NEVER), gone);
-                }
+                    if (start + key >= past && (start + key >= seen || !sees[start + key - past])) scores[key] = NEVER;
             }
-            for (size_t g = 0; g < KEYS / LANES; g++) {
-                _mm256_storeu_ps(&all[i * width + start + g * LANES], scores[g]);
-                most[i] = _mm256_max_ps(most[i], scores[g]);
-            }
+            for (size_t g = 0; g < KEYS; g += LANES) most[i] = _mm256_max_ps(most[i], _mm256_loadu_ps(scores + g));
         }
     }
     float highest[QUERIES];
@@ -147,21 +183,23 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS, keys = std::min(KEYS, seen - start);
         const float* values = a.past_v + a.place(sequence, block, kv_head);
+        alignas(32) float weights[QUERIES][KEYS];
         for (size_t i = 0; i < count; i++) {
-            if (highest[i] == NEVER) continue;
-            alignas(32) float weights[KEYS];
             __m256i units = _mm256_setzero_si256();
-            for (size_t g = 0; g < KEYS / LANES; g++) {
-                const __m256 scores = _mm256_loadu_ps(&all[i * width + start + g * LANES]);
+            for (size_t g = 0; g < KEYS; g += LANES) {
+                const __m256 scores = _mm256_loadu_ps(&all[i * width + start + g]);
                 const __m256 sees = _mm256_cmp_ps(scores, _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
                 const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores, _mm256_set1_ps(highest[i]))), sees);
-                _mm256_store_ps(weights + g * LANES, weight);
+                _mm256_store_ps(weights[i] + g, weight);
                 units = _mm256_add_epi32(units, _mm256_cvtps_epi32(_mm256_mul_ps(weight, _mm256_set1_ps(UNIT))));
             }
             whole[i] += total(units);
-            size_t d = 0;
-            for (; d + 8 * LANES <= dim; d += 8 * LANES) gather<8>(weights, values + d, dim, keys, out[i] + d);
-            for (; d < dim; d += LANES) gather<1>(weights, values + d, dim, keys, out[i] + d);
+        }
+        for (size_t i = 0; i < count; i += 2) {
+            if (i + 1 < count)
+                gather_all<2, 4>(weights + i, values, dim, keys, out + i);
+            else
+                gather_all<1, 8>(weights + i, values, dim, keys, out + i);
         }
     }
     for (size_t i = 0; i < count; i++) {
