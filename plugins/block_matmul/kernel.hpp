@@ -273,7 +273,7 @@ template <template <size_t, bool> class Bits, size_t Block, bool Half>
 void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
     using Form = Bits<Block, Half>;
     if constexpr (std::is_same_v<typename Form::Code, float>) {
-        multiply_rows<Form, Block>({x, x, x}, rows, depth, matrices);
+        multiply_rows<Form, Block>({x, x, x}, rows, depth, matrices);  // nobody reads scales and sums
     } else {
         const Rounded<typename Form::Code> rounded(x, rows, depth);
         multiply_rows<Form, Block>(rounded.rows(), rows, depth, matrices);

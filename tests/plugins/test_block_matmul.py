@@ -91,11 +91,16 @@ def test_floats(factory):
     assert packed.pack_floats(np.zeros((33, 8), np.float32)) is None, "blocks are of 32"
 
 
-def test_floats_that_a_graph_turns(factory):
+def test_floats_that_a_graph_turns():
+    """A head that shares its weights with the embedding: packed by us, and as OpenVINO's own operators take it."""
     rng = np.random.default_rng(5)
     weights = rng.normal(size=(41, 64)).astype(np.float32)
     turned = op.transpose(op.constant(weights), op.constant(np.array([1, 0])))
     assert np.array_equal(openvino_operators._packed(ov, turned.output(0)).data, packed.pack_floats(weights.T).data)
+    x, rows = op.parameter([1, -1, 64], np.float32), rng.normal(size=(1, 5, 64)).astype(np.float32)
+    made = openvino_operators._in_own_operators(op, x, turned.output(0))
+    (given,) = ov.Core().compile_model(ov.Model([made], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([rows]).values()
+    np.testing.assert_allclose(given, rows @ weights.T, atol=1e-4)
 
 
 def test_matrices_that_share_rows(factory):
