@@ -74,7 +74,7 @@ class Bar:
         until: the cycle. sequences: how many. others: rows of the pass that are not theirs.
         seconds: of a plain cycle. calls: of these, the target's call alone. alone: of one without those rows.
         least: tokens that the first 1, 2, … nodes must be worth together. node: that one must be worth to be among the most
-            valuable that pay, about. curve: seconds of the target's call with 0, 1, … nodes beside the anchors.
+            valuable that pay, about.
     """
 
     until: int
@@ -85,4 +85,3 @@ class Bar:
     alone: float
     least: list[float]
     node: float
-    curve: NDArray[np.float64]

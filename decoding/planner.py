@@ -105,7 +105,7 @@ class Planner:
             least *= max(1.0, promised / max(kept, 1e-6))
             node = float((least / np.arange(1, LOOK + 1)).min())
             bar = self.bars[sequences] = Bar(
-                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node, seconds
+                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node
             )
         return bar
 
@@ -326,8 +326,8 @@ class Planner:
 
     def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
-        size, curve = len(now.sequences), self._bar(now).curve
-        return curve[nodes] if len(nodes) <= len(curve) else self.costs.target(now.others + size + nodes, size, now.context)
+        size = len(now.sequences)
+        return self.costs.target(now.others + size + nodes, size, now.context)
 
     def _rate(self, now: Situation) -> float:
         return self._rate_at(len(now.sequences), self._bar(now).alone)

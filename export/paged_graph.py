@@ -42,8 +42,8 @@ PAGED = {
     "qq_bias_begins": (INT32, ["begins"]),
 }
 DRAFTER = {name: (INT64, [name]) for name in ("key_rows", "query_rows", "out_rows")}
-Products = dict[str, list[tuple[list[str], str]]]  # of an x: a matrix's tensors, and what the product is called
 TARGET = {"asked": (INT64, ["asked"])}
+Products = dict[str, list[tuple[list[str], str]]]  # of an x: a matrix's tensors, and what the product is called
 
 
 def write_paged(graph: Path, place: Path) -> None:
@@ -117,6 +117,7 @@ def _join_floats(content: onnx.GraphProto) -> None:
 
 
 def _join(content: onnx.GraphProto, products: Products) -> None:
+    """A node for each x in place of its products, and of what only they needed."""
     nodes = list(content.node)
     for x, found in products.items():
         names = [name for _, name in found]

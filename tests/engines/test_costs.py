@@ -54,7 +54,7 @@ def test_a_slow_moment_is_one_for_calls_of_all_sizes_and_engines():
     learned = Costs({"target": table(), "first": table()})
     for _ in range(50):
         learned.observe("target", 1, 1, 0, 0.02)
-    first = float(learned.first(8, 1, 0))
+    first = learned.first(8, 1, 0)
     assert learned.pace * says(learned, 1) == pytest.approx(0.02, rel=0.05)
     assert learned.pace * says(learned, 8) > 0.045
     assert learned.pace * first > 0.045
