@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -45,6 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="requests answered at once, at most (default: %(default)s)",
     )
     parser.add_argument(
+        "--nice",
+        type=int,
+        choices=range(20),
+        default=4,
+        metavar="0..19",
+        help="how far it stands back for engines on the same cores, as nice(1) counts (default: %(default)s)",
+    )
+    parser.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="(default: %(default)s)"
     )
     args = parser.parse_args(arguments)
@@ -63,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
         return 1
+    os.nice(args.nice)
     settings = Settings(tuple(args.model or Settings.models), args.body_limit, args.at_once)
     app = create(Replicas(args.triton or ["127.0.0.1:8001"]), keys, settings)
     config = uvicorn.Config(
