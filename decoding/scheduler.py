@@ -97,20 +97,24 @@ class Scheduler:
         return [s for s in self.running if s.computed == s.position]
 
     def _budget(self) -> int:
-        """Prompt tokens of a cycle: no answer may wait for it longer than for two usual ones."""
+        """Prompt tokens of a cycle: no answer may wait for it longer than for two cycles of all that are to be answered."""
         answering = self._answering()
         if not answering or not self.costs:
             return ALONE
         context = sum(s.computed for s in self.running)
-        rows = round(self._rows * len(answering))
+        rows, usual = round(self._rows * len(answering)), round(self._rows * self._wanting())
         counts = np.arange(MOST + 1)
         if self.decoder.target.ragged:
             seconds = self.costs.target(rows + counts, len(answering) + 1, context)
-            allowed = 2 * seconds[0]
+            allowed = 2 * self.costs.target(np.array([usual]), self._wanting(), context)[0]
         else:  # prompts have passes of their own
             seconds = self.costs.target(counts, 1, context)
-            allowed = self.costs.target(np.array([rows]), len(answering), context)[0]
+            allowed = self.costs.target(np.array([usual]), self._wanting(), context)[0]
         return max(LEAST, int(np.flatnonzero(seconds <= allowed).max(initial=0)))
+
+    def _wanting(self) -> int:
+        """Sequences that are answered once those that wait are in."""
+        return min(self.slots, len(self.running) + len(self.waiting))
 
     def _take_in(self, budget: int) -> list[Piece]:
         pieces = []
