@@ -13,6 +13,7 @@ from decoding.sequence import Finish, Sequence
 ALONE = 128  # prompt tokens of a cycle that no answer waits for: a client that leaves is rid of within it
 LEAST = 8  # prompt tokens of a cycle, whatever they cost, so that a newcomer always gets on
 MOST = 512
+PATIENCE = 0.1  # seconds that an answer waits for a cycle with prompts, at most, if its like alone take less
 
 
 class Full(RuntimeError):
@@ -101,15 +102,14 @@ class Scheduler:
         answering = self._answering()
         if not answering or not self.costs:
             return ALONE
-        context = sum(s.computed for s in self.running)
-        rows, usual = round(self._rows * len(answering)), round(self._rows * self._wanting())
+        context, wanting = sum(s.computed for s in self.running), self._wanting()
+        rows, usual = (np.array([round(self._rows * count)]) for count in (len(answering), wanting))
+        allowed = min(2 * self.costs.target(usual, wanting, context)[0], PATIENCE)
         counts = np.arange(MOST + 1)
         if self.decoder.target.ragged:
             seconds = self.costs.target(rows + counts, len(answering) + 1, context)
-            allowed = 2 * self.costs.target(np.array([usual]), self._wanting(), context)[0]
         else:  # prompts have passes of their own
-            seconds = self.costs.target(counts, 1, context)
-            allowed = self.costs.target(np.array([usual]), self._wanting(), context)[0]
+            seconds = self.costs.target(rows, len(answering), context) + self.costs.target(counts, 1, context)
         return max(LEAST, int(np.flatnonzero(seconds <= allowed).max(initial=0)))
 
     def _wanting(self) -> int:
