@@ -42,6 +42,7 @@ async def long_prompts(bench: Bench) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for _ in range(bench.times(3)):
         seen = Outcome(0.0)
+        texts = [bench.texts.take(LONG) for _ in range(3)]  # cut to size first: the stream is not read meanwhile
         running = asyncio.create_task(
             ask(bench.client, bench.texts.take(100), Options(max_tokens=900, end_id=NO_END), seen=seen)
         )
@@ -51,8 +52,8 @@ async def long_prompts(bench: Bench) -> dict[str, Any]:
         usual = median(seen.gaps())
         options = Options(max_tokens=4, end_id=NO_END)
         asked = []
-        for _ in range(3):
-            asked.append(asyncio.create_task(ask(bench.client, bench.texts.take(LONG), options)))
+        for text in texts:
+            asked.append(asyncio.create_task(ask(bench.client, text, options)))
             await asyncio.sleep(0.02)
         long = await asyncio.gather(*asked)
         until = time.monotonic() - seen.began
