@@ -3,7 +3,7 @@
 Every figure is a ratio to plain decoding of the same prompts at the same time: a mode and plain decoding take turns, a quarter
 of a second each, so that a slow moment of the machine hits both. Raw samples go to a JSONL file; what it holds already is not
 measured again. Decoding alone is timed, when all prompts are in. Beside peers whole answers are timed, and where eight requests
-run together their prompts too.
+run together their prompts too. ``--served`` asks a running service instead, whole answers in turn.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from client import Client, Options, ServiceError
 from decoding import ngrams
 from decoding.cycle import Decoder
 from decoding.modes import ModeName
@@ -140,6 +142,48 @@ class Ours:
         return [Sequence(list(p), case.tokens, s, mode=mode, end_ids=ends) for p, s in zip(case.prompts, sampling, strict=True)]
 
 
+class Served:
+    """A served build, asked by its own client.
+
+    Args:
+        address: host:port of its gRPC.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.client = Client(address)
+
+    def race(self, case: Case, modes: Many[ModeName], seed: int) -> list[dict[str, float]]:
+        """As ``Ours.race``, each mode's answers whole: what came between the moment in which all of them had begun and that in
+        which the first one ended."""
+        made = []
+        for mode in modes:
+            with ThreadPoolExecutor(len(case.prompts)) as streams:
+                asked = [
+                    streams.submit(
+                        self._ask,
+                        list(prompt),
+                        Options(
+                            max_tokens=case.tokens,
+                            temperature=case.temperature,
+                            seed=seed + i,
+                            ignore_eos=not case.ends,
+                            mode=mode,
+                        ),
+                    )
+                    for i, prompt in enumerate(case.prompts)
+                ]
+                seen = [stream.result() for stream in asked]
+            begun, ended = max(own[0][0] for own in seen), min(own[-1][0] for own in seen)
+            meanwhile = [[each for each in own if begun <= each[0] <= ended] for own in seen]
+            tokens, passes = (sum(own[-1][i] - own[0][i] for own in meanwhile if own) for i in (1, 2))
+            made.append({"tokens": tokens, "passes": passes, "seconds": max(ended - begun, 0.0)})
+        return made
+
+    def _ask(self, prompt: list[int], options: Options) -> list[tuple[float, int, int]]:
+        """Of every piece of an answer: when it came, tokens and passes by then."""
+        return [(time.perf_counter(), p.output_tokens, p.cycles) for p in self.client.stream(prompt, options)]
+
+
 class Peer:
     """Another program in an environment of its own, which answers one request at a time over its standard streams."""
 
@@ -204,7 +248,7 @@ def cases(tokenizer: PreTrainedTokenizerFast, each: int, tokens: int, longest: i
             yield Case("context", f"{length} tokens", (tuple(text[:length]),), tokens)
 
 
-def measure(ours: Ours, chosen: Many[Case], modes: Many[ModeName], rounds: int, file: Path) -> list[dict[str, Any]]:
+def measure(ours: Ours | Served, chosen: Many[Case], modes: Many[ModeName], rounds: int, file: Path) -> list[dict[str, Any]]:
     """Run what the file does not hold yet."""
     read = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     samples = [sample for sample in read if "plain" in sample]  # earlier versions measured plain decoding apart
@@ -316,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: 3)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="each beside plain decoding")
     parser.add_argument("--groups", nargs="+", default=["task", "temperature", "concurrency", "context"], metavar="TABLE")
+    parser.add_argument("--served", metavar="HOST:PORT", help="ask the build's service there, by gRPC, instead of its engines")
     parser.add_argument("--peers", nargs="*", choices=list(PACKAGES), default=[], help="set these beside it")
     parser.add_argument("--gguf", type=Path, help="the file that peers read (default: the demo's)")
     parser.add_argument("--samples", type=Path, help="JSONL file of raw samples (default: BUILD/speed.jsonl)")
@@ -324,27 +369,34 @@ def main(arguments: list[str] | None = None) -> int:
     modes: list[Any] = [mode for mode in args.modes if mode != PLAIN]
     if args.quick:
         modes, args.limit, args.tokens, args.rounds = ["auto"], 1, 32, 1
+    if args.served and args.peers:
+        parser.error("--peers: found with --served, allowed: beside the engines themselves")
     try:
         directory = BuildDirectory.open(args.build)
-        ours = Ours(directory)
+        ours = None if args.served else Ours(directory)
     except (BuildDirectoryError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory.tokenizer, local_files_only=True)
     every = cases(tokenizer, args.limit, args.tokens, directory.manifest["limits"]["length"])
     chosen = [case for case in every if case.group in args.groups]
-    file = args.samples or args.build / ("speed-quick.jsonl" if args.quick else "speed.jsonl")
-    samples = measure(ours, chosen, modes, args.rounds, file)
+    file = args.samples or args.build / (f"speed{'-served' * bool(args.served)}{'-quick' * args.quick}.jsonl")
+    try:
+        samples = measure(ours or Served(args.served), chosen, modes, args.rounds, file)
+    except ServiceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     engine = directory.manifest["engine"]
-    title = f"{machine()}; {ours.decoder.target.runtime}; weights {engine['weights']}"  # type: ignore[attr-defined]
-    text = "\n\n".join([title, *(table(samples, group, modes) for group in args.groups)])
-    planner = ours.decoder.planner
+    runtime = ours.decoder.target.runtime if ours else f"served at {args.served}"  # type: ignore[attr-defined]
+    text = f"{machine()}; {runtime}; weights {engine['weights']}\n\n"
+    text += "\n\n".join(table(samples, group, modes) for group in args.groups)
+    planner = ours.decoder.planner if ours else None
     if planner is not None and planner.came:
         chose = ", ".join(f"{what} {count}" for what, count in planner.chosen.most_common())
         text += f"\n\nWhat auto chose, by cycles: {chose}. Tokens expected over tokens that came: "
         text += f"{planner.expected / planner.came:.3f}. Seconds of a cycle, beside those predicted: "
         text += f"{statistics.median(abs(ratio - 1) for ratio in planner.off):.1%} off at the median."
-    if args.peers:
+    if ours and args.peers:
         from export.checkpoints import locate
         from export.config import load
 

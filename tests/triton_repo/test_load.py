@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
+from benchmarks.speed import Case, Served
 from client import AsyncClient, Client, Options, ServiceError
 from export.build import build
 from export.config import load
@@ -178,3 +179,13 @@ def test_a_known_beginning_changes_no_answer(server, asked):
     assert asked.generate("again: " + text, options) == fresh
     turn = asked.generate("again: " + text + fresh.text + " and then?", options)
     assert asked.generate("again: " + text + fresh.text + " and then?", options) == turn
+
+
+@pytest.mark.parametrize("prompts", [((5, 6, 7),), ((5, 6, 7), (8, 9))])
+def test_the_speed_benchmark_counts_what_came_while_all_answers_grew(server, prompts):
+    case = Case("concurrency", "some", prompts, 400)
+    served = Served(f"127.0.0.1:{server.ports.grpc}")
+    for made in served.race(case, ["autoregressive", "autoregressive"], seed=0):
+        assert 0 < made["tokens"] <= 399 * len(prompts)
+        assert made["passes"] == made["tokens"], "plain decoding says a token a pass"
+        assert made["seconds"] > 0
