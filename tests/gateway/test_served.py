@@ -7,6 +7,7 @@ import time
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 
@@ -336,6 +337,14 @@ def test_a_gateway_without_a_service_is_not_ready():
             assert response.status_code == 503
             assert response.headers["retry-after"] == "1"
             assert response.json()["error"]["type"] == "overloaded_error"
+
+
+def test_it_stands_back_for_engines():
+    from tests.gateway.conftest import opened
+
+    with opened("--triton", "127.0.0.1:9", "--nice", "7"):
+        [own] = [process for process in psutil.Process().children() if "--nice" in process.cmdline()]
+        assert own.nice() == min(psutil.Process().nice() + 7, 19)
 
 
 def test_a_client_that_leaves_frees_its_place(url, asked):
