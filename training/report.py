@@ -72,12 +72,13 @@ def summarise(
     trees = {mode: seen for mode, seen in records.items() if MODES[parts(mode)[0]].sources}
     figures["expected_of_said"] = {mode: _expected(seen) for mode, seen in trees.items()}
     figures["accepted_by_source"] = {mode: _sources(answers, seen) for mode, seen in trees.items()}
-    seen = next(iter(records.values()))
-    confidences, correct, known = (
-        np.array([row for record in seen for row in getattr(record, name)]) for name in ("confidences", "correct", "known")
-    )
-    if len(confidences):
-        figures["first_draft"] = first_draft(confidences, correct, known)
+    for seen in records.values():
+        confidences, correct, known = (
+            np.array([row for record in seen for row in getattr(record, name)]) for name in ("confidences", "correct", "known")
+        )
+        if len(confidences):  # of the first mode that drafts
+            figures["first_draft"] = first_draft(confidences, correct, known)
+            break
     return figures
 
 
@@ -233,18 +234,6 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    draft = figures["first_draft"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    left.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    left.plot([b["confidence"] for b in draft["reliability"]], [b["accuracy"] for b in draft["reliability"]], marker="o")
-    left.set(xlabel="confidence", ylabel="share accepted", title=f"Reliability, error {draft['calibration_error']:.3f}")
-    middle.bar(range(1, len(draft["accuracy"]) + 1), [share or 0.0 for share in draft["accuracy"]])
-    middle.set(xlabel="place in the block", ylabel="share right, if reached", title="Accuracy of the first draft", ylim=(0, 1))
-    right.plot(range(1, len(draft["boundary_in_top"]) + 1), draft["boundary_in_top"], marker="o")
-    right.set(xlabel="K", ylabel="share of rejected drafts", title="True boundary among the K likeliest", ylim=(0, 1.02))
-    figure.savefig(folder / "first_draft.png", dpi=110)
-    plt.close(figure)
-
     lengths = dict(sorted(figures["acceptance_length"].items(), key=lambda item: item[1]["mean"]))
     figure, axis = plt.subplots(figsize=(9, 0.45 * len(lengths) + 1.2), layout="constrained")
     means = [length["mean"] for length in lengths.values()]
@@ -255,7 +244,7 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
     figure.savefig(folder / "acceptance.png", dpi=110)
     plt.close(figure)
 
-    options, shares = figures["decoding"], draft["boundary_in_top"]
+    options = figures["decoding"]
     trees = ""
     if figures["gain_at_equal_rows"]:
         trees += f"\n## What a source adds at equal rows\n\n{table_of_gains(figures)}\n"
@@ -275,12 +264,32 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
 (`@K`) as verify no more nodes than the mode does.
 {trees}
 ![acceptance lengths](acceptance.png)
+"""
+    if "first_draft" in figures:
+        text += _write_first_draft(figures["first_draft"], folder)
+    (folder / "acceptance.md").write_text(text, encoding="utf-8")
 
+
+def _write_first_draft(draft: Mapping[str, Any], folder: Path) -> str:
+    """Write the plot of what a draft is worth by itself; returns what the page says of it."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    left.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    left.plot([b["confidence"] for b in draft["reliability"]], [b["accuracy"] for b in draft["reliability"]], marker="o")
+    left.set(xlabel="confidence", ylabel="share accepted", title=f"Reliability, error {draft['calibration_error']:.3f}")
+    middle.bar(range(1, len(draft["accuracy"]) + 1), [share or 0.0 for share in draft["accuracy"]])
+    middle.set(xlabel="place in the block", ylabel="share right, if reached", title="Accuracy of the first draft", ylim=(0, 1))
+    right.plot(range(1, len(draft["boundary_in_top"]) + 1), draft["boundary_in_top"], marker="o")
+    right.set(xlabel="K", ylabel="share of rejected drafts", title="True boundary among the K likeliest", ylim=(0, 1.02))
+    figure.savefig(folder / "first_draft.png", dpi=110)
+    plt.close(figure)
+    shares = ", ".join(f"K={k} {share:.0%}" for k, share in enumerate(draft["boundary_in_top"], 1))
+    return f"""
 ## The first draft
 
 ![reliability, accuracy by place, boundaries](first_draft.png)
 
 Expected calibration error {draft["calibration_error"]:.3f}. The true boundary of a rejected draft is among the K likeliest:
-{", ".join(f"K={k} {share:.0%}" for k, share in enumerate(shares, 1))}.
+{shares}.
 """
-    (folder / "acceptance.md").write_text(text, encoding="utf-8")

@@ -145,12 +145,12 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line):
 def figures(pipeline):
     out = pipeline / "figures.json"
     modes = [
+        "lookup@9",
         "dflash",
         "d2sd:free",
         "d2sd",
         "d2sd@1",
         "runner_up",
-        "lookup@9",
         "ddtree@6",
         "first_text@6",
         "pooled@6",
@@ -202,6 +202,13 @@ def test_the_report_is_written(pipeline, figures):
     assert all(nodes[gain["of"]] <= nodes[mode] and gain["low"] <= gain["mean"] <= gain["high"] for mode, gain in fewer.items())
     for length in figures["acceptance_length"].values():
         assert length["low"] <= length["mean"] <= length["high"]
+
+
+def test_a_report_without_drafts_says_nothing_of_them(tmp_path, figures):
+    report.write_docs({name: value for name, value in figures.items() if name != "first_draft"}, tmp_path)
+    assert report.table(figures) in (text := (tmp_path / "acceptance.md").read_text())
+    assert "first draft" not in text
+    assert [file.name for file in tmp_path.glob("*.png")] == ["acceptance.png"]
 
 
 NOBODY = dict.fromkeys(ORIGINS, 0)
