@@ -241,6 +241,7 @@ def write_docs(figures: Mapping[str, Any], folder: Path) -> None:
     spread.append([length["high"] - m for m, length in zip(means, lengths.values(), strict=True)])
     axis.barh(list(lengths), means, xerr=spread, capsize=3)
     axis.set(xlabel="acceptance length, mean of the tasks, 95 % interval", xlim=(1, None))
+    axis.margins(y=0.01)
     figure.savefig(folder / "acceptance.png", dpi=110)
     plt.close(figure)
 
