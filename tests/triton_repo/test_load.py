@@ -34,7 +34,7 @@ SHORT = Options(max_tokens=4)
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("load")
     # So deep, and so long, that an answer is not over before the others come.
-    tiny.save_target(root / "target", num_hidden_layers=8, max_position_embeddings=2048)
+    tiny.save_target(root / "target", num_hidden_layers=12, max_position_embeddings=2048)
     (root / "pipeline.yaml").write_text(PIPELINE.format(root=root))
     build(load(root / "pipeline.yaml"), root / "build")
     with Server(root / "build", "127.0.0.1", Ports(0, 0, 0), log=root / "triton.log") as running:

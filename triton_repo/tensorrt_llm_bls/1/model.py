@@ -71,12 +71,11 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """End the requests whose clients have left."""
         while not self.closing.is_set():
-            with self.lock:
-                waiting = list(self.waiting.values())
-            for request_id, sender in waiting:
-                if sender.is_cancelled():
-                    stop = [pb_utils.Tensor("stop", np.array([[True]]))]
-                    list(_ask("d2sd", ["finish_reason"], stop, request_id))
+            with self.lock:  # asked of a sender that has sent its last response, the server would die
+                left = [request_id for request_id, sender in self.waiting.values() if sender.is_cancelled()]
+            for request_id in left:
+                stop = [pb_utils.Tensor("stop", np.array([[True]]))]
+                list(_ask("d2sd", ["finish_reason"], stop, request_id))
             time.sleep(LOOK)
 
     def finalize(self) -> None:
