@@ -380,7 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory.tokenizer, local_files_only=True)
     every = cases(tokenizer, args.limit, args.tokens, directory.manifest["limits"]["length"])
     chosen = [case for case in every if case.group in args.groups]
-    file = args.samples or args.build / (f"speed{'-served' * bool(args.served)}{'-quick' * args.quick}.jsonl")
+    kinds = [kind for kind in ("served", "quick") if getattr(args, kind)]
+    file = args.samples or args.build / f"{'-'.join(['speed', *kinds])}.jsonl"
     try:
         samples = measure(ours or Served(args.served), chosen, modes, args.rounds, file)
     except ServiceError as error:

@@ -13,7 +13,7 @@ from decoding.sequence import Finish, Sequence
 ALONE = 128  # prompt tokens of a cycle that no answer waits for: a client that leaves is rid of within it
 LEAST = 8  # prompt tokens of a cycle, whatever they cost, so that a newcomer always gets on
 MOST = 512
-PATIENCE = 0.1  # seconds that an answer waits for a cycle with prompts, at most, if its like alone take less
+PATIENCE = 0.1  # seconds of a cycle with prompts, at most, unless its answers take as long without
 
 
 class Full(RuntimeError):
@@ -102,7 +102,8 @@ class Scheduler:
         answering = self._answering()
         if not answering or not self.costs:
             return ALONE
-        context, wanting = sum(s.computed for s in self.running), self._wanting()
+        context = sum(s.computed for s in self.running)
+        wanting = min(self.slots, len(self.running) + len(self.waiting))
         rows, usual = (np.array([round(self._rows * count)]) for count in (len(answering), wanting))
         allowed = min(2 * self.costs.target(usual, wanting, context)[0], PATIENCE)
         counts = np.arange(MOST + 1)
@@ -111,10 +112,6 @@ class Scheduler:
         else:  # prompts have passes of their own
             seconds = self.costs.target(rows, len(answering), context) + self.costs.target(counts, 1, context)
         return max(LEAST, int(np.flatnonzero(seconds <= allowed).max(initial=0)))
-
-    def _wanting(self) -> int:
-        """Sequences that are answered once those that wait are in."""
-        return min(self.slots, len(self.running) + len(self.waiting))
 
     def _take_in(self, budget: int) -> list[Piece]:
         pieces = []

@@ -71,12 +71,18 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """End the requests whose clients have left."""
         while not self.closing.is_set():
-            with self.lock:  # asked of a sender that has sent its last response, the server would die
-                left = [request_id for request_id, sender in self.waiting.values() if sender.is_cancelled()]
-            for request_id in left:
-                stop = [pb_utils.Tensor("stop", np.array([[True]]))]
-                list(_ask("d2sd", ["finish_reason"], stop, request_id))
+            for key in list(self.waiting):
+                if request_id := self._left(key):
+                    stop = [pb_utils.Tensor("stop", np.array([[True]]))]
+                    list(_ask("d2sd", ["finish_reason"], stop, request_id))
             time.sleep(LOOK)
+
+    def _left(self, key: str) -> str:
+        """The id of a request, if its client has left; else nothing. No answer leaves meanwhile: a sender that is asked behind
+        its last response is the server's death."""
+        with self.lock:
+            request_id, sender = self.waiting.get(key, ("", None))
+            return request_id if sender is not None and sender.is_cancelled() else ""
 
     def finalize(self) -> None:
         self.closing.set()
