@@ -3,9 +3,9 @@
 import asyncio
 import json
 import queue
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import chain
 
 import httpx
 import numpy as np
@@ -14,6 +14,7 @@ import tritonclient.grpc as grpc
 
 from benchmarks.speed import Case, Served
 from client import AsyncClient, Client, Options, ServiceError
+from client.request import join
 from export.build import build
 from export.config import load
 from tests import tiny
@@ -24,17 +25,17 @@ PIPELINE = """
 target: {{checkpoint: {root}/target}}
 decoding: {{mode: autoregressive}}
 engine: {{precision: f32}}
-limits: {{sequences: 2, waiting: 3, length: 2048, max_tokens: 480}}
+limits: {{sequences: 2, waiting: 3, length: 4096, max_tokens: 480}}
 """
-LONG = 1800  # tokens, two seconds at least
+LONG = 3600  # tokens, four seconds at least
 SHORT = Options(max_tokens=4)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("load")
-    # So deep, and so long, that an answer is not over before the others come.
-    tiny.save_target(root / "target", num_hidden_layers=12, max_position_embeddings=2048)
+    # So long that an answer is not over before the others come.
+    tiny.save_target(root / "target", max_position_embeddings=4096)
     (root / "pipeline.yaml").write_text(PIPELINE.format(root=root))
     build(load(root / "pipeline.yaml"), root / "build")
     with Server(root / "build", "127.0.0.1", Ports(0, 0, 0), log=root / "triton.log") as running:
@@ -45,6 +46,17 @@ def server(tmp_path_factory):
 @pytest.fixture
 def asked(server):
     return Client(f"127.0.0.1:{server.ports.grpc}", timeout=60)
+
+
+@pytest.fixture(scope="module")
+def options(server):
+    """For an answer to "now" that has its full length, because no token of it is an end."""
+    asked = Client(f"127.0.0.1:{server.ports.grpc}", timeout=60)
+    for end_id in range(299, 200, -1):
+        options = Options(max_tokens=LONG, end_id=end_id)
+        if asked.generate("now", options).finish_reason == "length":
+            return options
+    raise AssertionError("every token is in it")
 
 
 def post(server, body, kind="generate"):
@@ -64,53 +76,41 @@ def last_response(server, text, **options):
         return arrived.get(timeout=60)
 
 
-def long(asked, text):
-    """Options for an answer that has its full length, because no token of it is an end."""
-    for end_id in range(299, 200, -1):
-        options = Options(max_tokens=LONG, end_id=end_id)
-        if asked.generate(text, options).finish_reason == "length":
-            return options
-    raise AssertionError("every token is in it")
+def begun(asked, options):
+    """Two long answers that have both places, until they are read."""
+    taken = [asked.stream("now", options) for _ in range(2)]
+    return [chain([next(pieces)], pieces) for pieces in taken]
 
 
 def all_is_free(asked):
     """As many requests of full length as there are places are answered side by side: no row is lost."""
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda text: asked.generate(text, Options(max_tokens=1020)), ("free", "too")))
+        answers = list(pool.map(lambda text: asked.generate(text, Options(max_tokens=4000)), ("free", "too")))
     assert {answer.finish_reason for answer in answers} <= {"end", "length"}
 
 
-def test_whoever_finds_no_place_waits_and_one_too_many_is_refused_at_once(server, asked):
-    options, text = long(asked, "now"), asked.generate("now", SHORT).text
-    answers: queue.Queue[object] = queue.Queue()
-
-    def ask(options):
-        try:
-            answers.put(asked.generate("now", options))
-        except ServiceError as error:
-            answers.put(error)
-
-    threads = [threading.Thread(target=ask, args=(which,)) for which in (options, options, SHORT, SHORT, SHORT)]
-    for thread in threads[:2]:
-        thread.start()
-    eventually(lambda: requests_at_hand(server, "running") == 2, 10)
-    for thread in threads[2:]:
-        thread.start()
-    eventually(lambda: requests_at_hand(server, "waiting") == 3, 10)
-    began = time.monotonic()
-    with pytest.raises(ServiceError, match=r"limits.waiting: found 3 requests waiting for a place, allowed: no more") as told:
-        asked.generate("now", SHORT)
-    assert told.value.status == "UNAVAILABLE"
-    assert time.monotonic() - began < 1
-    response = post(server, {"text_input": "now", "max_tokens": 4})
-    assert response.status_code == 400  # Triton's own, of all errors that come as responses
-    assert "limits.waiting" in response.json()["error"]
-    assert answers.empty(), "the places are taken all the while"
-    for thread in threads:
-        thread.join()
-    ended = [answers.get() for _ in threads]
-    assert sorted(answer.output_tokens for answer in ended) == [4, 4, 4, LONG, LONG]
-    assert all(answer.text.startswith(text) for answer in ended)
+def test_whoever_finds_no_place_waits_and_one_too_many_is_refused_at_once(server, asked, options):
+    text = asked.generate("now", SHORT).text
+    with ThreadPoolExecutor(4) as pool:
+        taken = begun(asked, options)
+        others = [pool.submit(asked.generate, "now", SHORT) for _ in range(4)]
+        done, waiting = wait(others, return_when=FIRST_COMPLETED)
+        [refused] = done
+        with pytest.raises(ServiceError, match=r"limits.waiting: found 3 requests waiting for a place, allowed: no") as told:
+            refused.result()
+        assert told.value.status == "UNAVAILABLE"
+        eventually(lambda: (requests_at_hand(server, "running"), requests_at_hand(server, "waiting")) == (2, 3))
+        began = time.monotonic()
+        response = post(server, {"text_input": "now", "max_tokens": 4})
+        assert time.monotonic() - began < 1
+        assert response.status_code == 400  # Triton's own, of all errors that come as responses
+        assert "limits.waiting" in response.json()["error"]
+        assert not any(other.done() for other in waiting), "the places are taken all the while"
+        longer = [join(list(pieces)) for pieces in taken]
+        assert [answer.output_tokens for answer in longer] == [LONG, LONG]
+        shorter = [other.result() for other in waiting]
+        assert [answer.output_tokens for answer in shorter] == [4, 4, 4]
+    assert all(answer.text.startswith(text) for answer in (*longer, *shorter))
     all_is_free(asked)
 
 
@@ -134,25 +134,20 @@ async def test_clients_that_leave_while_they_wait_are_taken_in_or_answered(serve
     all_is_free(asked)
 
 
-def test_a_deadline_ends_an_answer_with_what_it_has(server, asked):
-    options = long(asked, "timed")
-    body = {"text_input": "timed", "max_tokens": LONG, "end_id": options.end_id, "parameters": {"timeout": 300_000}}
+def test_a_deadline_ends_an_answer_with_what_it_has(server, asked, options):
+    body = {"text_input": "now", "max_tokens": LONG, "end_id": options.end_id, "parameters": {"timeout": 300_000}}
     response = post(server, body).json()
     assert (response["finish_reason"], response["output_tokens"] < LONG) == ("timeout", True)
     shorter = Options(max_tokens=response["output_tokens"], end_id=options.end_id)
-    assert asked.generate("timed", shorter).text == response["text_output"]
+    assert asked.generate("now", shorter).text == response["text_output"]
 
 
-def test_a_deadline_before_the_first_token_is_an_error(server, asked):
-    options = long(asked, "now")
-    with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(asked.generate, "now", options) for _ in range(2)]
-        time.sleep(0.2)
-        result, error = last_response(server, b"timed", timeout=100_000)
-        assert not any(answer.done() for answer in answers), "the places are taken all the while"
-        assert result is None
-        assert "timeout: found no place for this request in its time" in str(error)
-        assert all(answer.result().output_tokens == LONG for answer in answers)
+def test_a_deadline_before_the_first_token_is_an_error(server, asked, options):
+    taken = begun(asked, options)
+    result, error = last_response(server, b"timed", timeout=100_000)
+    assert result is None
+    assert "timeout: found no place for this request in its time" in str(error)
+    assert [join(list(pieces)).output_tokens for pieces in taken] == [LONG, LONG]
 
 
 @pytest.mark.parametrize("found", ["soon", -1, 1.5, True])
@@ -162,8 +157,7 @@ def test_a_timeout_that_is_none(server, found):
     assert f"timeout: found {json.dumps(found)}, allowed: microseconds, an integer" in response.json()["error"]
 
 
-def test_a_long_answer_has_a_trace_of_its_first_cycles(server, asked):
-    options = long(asked, "now")
+def test_a_long_answer_has_a_trace_of_its_first_cycles(server, asked, options):
     longer = Options(max_tokens=1015, end_id=options.end_id, ignore_eos=True, trace=True)
     answer = asked.generate("now", longer)
     cycles, left = answer.trace["cycles"], answer.trace["left_out"]
