@@ -7,9 +7,10 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 from numpy.typing import NDArray
 
-from decoding import best_first, boundary, prefix_tree
+from decoding import best_first, boundary, coupling, prefix_tree
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
+from decoding.coupling import Coupling
 from decoding.engines import Array, TargetEngine
 from decoding.follower import Follower
 from decoding.group import Group
@@ -58,8 +59,10 @@ class Auto:
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
         worth, least = [list[float]() for _ in own], LEAST * bar.node
+        couplings: list[Coupling | None] = []
         if looks := self.planner.looks(bar):
-            worth = [self._worth(s, least) for s in own]
+            couplings = [coupling.of(s) for s in own]
+            worth = [self._worth(s, least, coupled) for s, coupled in zip(own, couplings, strict=True)]
         silent = self.planner.hopeless(bar, [value for values in worth for value in values])
         if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
@@ -78,7 +81,7 @@ class Auto:
             feeding: list[Proposer] = [self.ngrams.propose(own)] if self.ngrams else []
             feeding.append(self.text.propose(own, least))
             nodes = [self.reach if values else 1 for values in worth]
-            texts = best_first.grow(here, feeding, nodes, self.calibration.factors, least)
+            texts = best_first.grow(here, feeding, nodes, self.calibration.factors, least, couplings)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
         drafted = self.plan.drafted
@@ -94,11 +97,11 @@ class Auto:
         self.plan.looked = looks * (time.perf_counter() - began)
         return [group for group, _ in self.parts]
 
-    def _worth(self, sequence: Sequence, least: float) -> list[float]:
+    def _worth(self, sequence: Sequence, least: float, coupled: Coupling | None) -> list[float]:
         """What the nodes that cost no pass are worth, at a glance; of what is worth less than ``least``, not all."""
-        found = self.calibration.corrected(self.text.worth(sequence, least), TEXT)
+        found = self.calibration.corrected(self.text.worth(sequence, least, coupled), TEXT)
         if self.ngrams:
-            found += self.calibration.corrected(self.ngrams.worth(sequence, least), NGRAMS)
+            found += self.calibration.corrected(self.ngrams.worth(sequence, least, coupled), NGRAMS)
         return found
 
     def consider_redrafts(self) -> None:
@@ -110,8 +113,9 @@ class Auto:
         shares = np.arange(1, branches + 1) / max(branches, 1)
         if self.known:
             feeding = group.sources(self.text, self.ngrams, self.target)
-            group.tree = best_first.grow(group.anchors, feeding, self.reach, self.calibration.factors)
-            self.before[self.plan.drafted] = self._values(group.tree)
+            grown = best_first.grow(group.anchors, feeding, self.reach, self.calibration.factors, couplings=group.couplings)
+            group.tree = grown
+            self.before[self.plan.drafted] = self._values(grown)
             self.planner.saw_drafts(self.now, self.plan, self.before)
             rejected = -np.sort(-boundary.rejection_probabilities(group.draft.probabilities[..., 0]), axis=-1)
             shares = (np.cumsum(rejected, axis=-1) / (rejected.sum(-1, keepdims=True) + 1e-9)).mean(0)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_namespace
 
+from decoding.coupling import Coupling
 from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
 from decoding.sources import Option, Proposer, Row, Source
@@ -28,24 +29,41 @@ class Options:
     origins: Array
 
 
-def grow(anchors: Array, sources: Sequence[Any], nodes: int | list[int], factors: Array, least: float = 0.0) -> PrefixTree:
+def grow(
+    anchors: Array,
+    sources: Sequence[Any],
+    nodes: int | list[int],
+    factors: Array,
+    least: float = 0.0,
+    couplings: Sequence[Coupling | None] = (),
+) -> PrefixTree:
     """The trees of the most valuable nodes, in the order of their values.
 
     Args:
         anchors: ``[B]`` int64. sources: one at least; in the host's memory any ``Proposer``, on a device ``Source``.
         nodes: N, the anchor among them; in the host's memory, of each tree.
         factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
-        least: in the host's memory, of a node's value.
+        least: in the host's memory, of a node's value. couplings: in the host's memory, of each sequence, if any.
     """
     if is_numpy_namespace(array_namespace(anchors)):
-        return _by_queue(anchors, sources, [nodes] * len(anchors) if isinstance(nodes, int) else nodes, factors, least)
+        each = [nodes] * len(anchors) if isinstance(nodes, int) else nodes
+        return _by_queue(anchors, sources, each, factors, least, couplings or [None] * len(anchors))
     assert isinstance(nodes, int)
     return _by_depth(anchors, sources, nodes, factors)
 
 
-def _by_queue(anchors: Array, sources: Sequence[Proposer], nodes: list[int], factors: Array, least: float) -> PrefixTree:
+def _by_queue(
+    anchors: Array,
+    sources: Sequence[Proposer],
+    nodes: list[int],
+    factors: Array,
+    least: float,
+    couplings: Sequence[Coupling | None],
+) -> PrefixTree:
     corrected = factors.T.tolist()
-    grown = [_Queue(sources, b, corrected).take(anchor, nodes[b], least) for b, anchor in enumerate(anchors.tolist())]
+    grown = [
+        _Queue(sources, b, corrected, couplings[b]).take(anchor, nodes[b], least) for b, anchor in enumerate(anchors.tolist())
+    ]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
     tokens, depths, origins = (np.zeros(shape, dtype=np.int64) for _ in range(3))
@@ -64,9 +82,9 @@ def _by_queue(anchors: Array, sources: Sequence[Proposer], nodes: list[int], fac
 class _Queue:
     """The paths behind which something is proposed for one sequence, the best proposal of each in a heap."""
 
-    def __init__(self, sources: Sequence[Proposer], b: int, factors: list[list[float]]) -> None:
+    def __init__(self, sources: Sequence[Proposer], b: int, factors: list[list[float]], coupling: Coupling | None) -> None:
         """factors: by depth, then by origin."""
-        self.sources, self.b, self.factors = sources, b, factors
+        self.sources, self.b, self.factors, self.coupling = sources, b, factors, coupling
         self.rows: dict[tuple[int, Hashable], Row] = {}
         self.known: dict[tuple[Hashable, int], list[Option]] = {}
 
@@ -113,6 +131,8 @@ class _Queue:
                 joined = both + [(p * left, token, origin) for token, (p, origin) in theirs.items()]
             factor = self.factors[min(depth, len(self.factors) - 1)]
             corrected = [(p * factor[by] / (1 - p + p * factor[by]), token, by) for p, token, by in joined]
+            if self.coupling:
+                corrected = [(self.coupling.coupled(p, depth, token), token, by) for p, token, by in corrected]
             self.known[states, depth] = sorted(corrected, key=_likelihood)
         return self.known[states, depth]
 

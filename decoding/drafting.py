@@ -150,7 +150,7 @@ class Drafting:
         feeding = group.sources(self.text, self.ngrams, self.target)
         if not feeding:  # n-grams alone, and no table of them
             return prefix_tree.merge(group.anchors, self._whole(group))
-        return best_first.grow(group.anchors, feeding, group.nodes or self.rows, factors)
+        return best_first.grow(group.anchors, feeding, group.nodes or self.rows, factors, couplings=group.couplings)
 
     def _whole(self, group: Group) -> Array:
         """The branches that a mode without a best-first tree verifies, ``[b, W, γ-1]``."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_numpy_namespace
 
-from decoding import sources
+from decoding import coupling, sources
+from decoding.coupling import Coupling
 from decoding.drafts import Draft, Redrafts
 from decoding.engines import Array, Sequences
 from decoding.modes import Mode
@@ -48,6 +49,10 @@ class Group:
     def draft(self) -> Draft:
         assert self.drafted is not None
         return self.drafted
+
+    @property
+    def couplings(self) -> list[Coupling | None]:
+        return [coupling.of(sequence) for sequence in self.sequences]
 
     def sources(self, text: Text, ngrams: NGrams | None, memory: Sequences) -> list[Any]:
         """What feeds a best-first tree: ``Proposer`` in the host's memory, ``Source`` on a device."""

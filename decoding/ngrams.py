@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from decoding.coupling import Coupling
 from decoding.sequence import Sequence
 from decoding.sources import NGRAMS, Option
 
@@ -85,11 +86,14 @@ class NGrams:
         """What follows the last tokens of sequences."""
         return NGramSource(self, [tuple(s.tokens[-self.order :]) for s in sequences])
 
-    def worth(self, sequence: Sequence, least: float = 0.0) -> list[float]:
+    def worth(self, sequence: Sequence, least: float = 0.0, coupling: Coupling | None = None) -> list[float]:
         """What the likeliest nodes are worth, about: what follows the anchor, and the likeliest behind the likeliest, but none
-        below ``least``."""
+        below ``least``. coupling: of a sequence that is sampled; what it says of the next token alone is looked at."""
         context = sequence.tokens[-self.order :]
         row = self._row(context)
+        if coupling:
+            options = zip(self.probabilities[row].tolist(), self.tokens[row].tolist(), strict=True)
+            return [worth for p, token in options if (worth := coupling.coupled(p, 1, token)) > least]
         if self._likeliest[row] < least:
             return []
         found = [p for p in self.probabilities[row].tolist() if p > least]

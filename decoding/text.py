@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+from decoding.coupling import Coupling
 from decoding.sequence import Sequence
 from decoding.sources import TEXT
 
@@ -122,14 +123,15 @@ class Text:
             self.proposed[sequence] = found
         return found
 
-    def worth(self, sequence: Sequence, least: float = 0.0) -> list[float]:
+    def worth(self, sequence: Sequence, least: float = 0.0, coupling: Coupling | None = None) -> list[float]:
         """What the nodes that the text proposes for a sequence are worth, the best of each continuation first; none that is
-        worth less than ``LEAST``. least: as in ``look``."""
+        worth less than ``LEAST``. least: as in ``look``. coupling: of a sequence that is sampled."""
         found = list[float]()
         for continuation in self.look(sequence, least):
             own, value = self.open[sequence][1], 1.0
             for depth in range(continuation.left or 0, HEIGHT):
-                value *= self._rate(own, continuation.rate(depth))
+                rate = self._rate(own, continuation.rate(depth))
+                value *= coupling.coupled(rate, depth + 1, continuation.tokens[depth]) if coupling else rate
                 if value < LEAST:
                     break
                 found.append(value)
