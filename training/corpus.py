@@ -7,6 +7,7 @@ The corpus grows answer by answer; run again, the command goes on where it was.
 
 import argparse
 import json
+import lzma
 import random
 import sys
 import time
@@ -28,6 +29,7 @@ from export.prompts import Prompt, PromptError, chat_ids, read_prompts
 from training.prompts import OPENINGS, opening_ids, without_overlap
 
 SLOTS = 16  # prompts answered together
+PACKED = ".xz"  # suffix of a corpus that is read and does not grow
 WARM = 0.8  # temperature of every third answer; the others are greedy
 INVENTED_TOKENS = 200  # of an invented prompt, at most
 
@@ -51,17 +53,20 @@ class Answer:
 
 
 def read_corpus(path: Path) -> list[Answer]:
-    """Read a corpus (JSONL). A last line cut short by a kill is left out.
+    """Read a corpus (JSONL, packed or not). A last line cut short by a kill is left out.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: a line is not an answer.
+        ValueError: a line is not an answer, or what is packed cannot be unpacked.
     """
-    return list(_read(path))
+    try:
+        return list(_read(path))
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be unpacked ({error})") from None
 
 
 def _read(path: Path) -> Iterator[Answer]:
-    with path.open(encoding="utf-8") as lines:
+    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == PACKED else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith("\n"):
                 return
@@ -221,6 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
         options = pipeline.training
         prompts = read_prompts(map(Path, options.prompts))
         evaluation = read_prompts(map(Path, options.evaluation_prompts))
+        corpus = args.output or Path(options.corpus)
+        if corpus.suffix == PACKED:
+            raise PromptError(f"{corpus}: found a packed corpus, allowed: a file that can grow; name one by --output")
         if not prompts and not args.invent:
             raise PromptError(
                 f"{args.pipeline}: training.prompts names no file; name some, or let the target --invent N prompts"
@@ -228,7 +236,6 @@ def main(arguments: list[str] | None = None) -> int:
         build(pipeline.without_drafters(), args.build)
         directory = BuildDirectory.open(args.build)
         answerer = Answerer(directory.load()[0], directory, args.slots)
-        corpus = args.output or Path(options.corpus)
         if args.invent:
             prompts += invent(corpus.with_suffix(".invented.jsonl"), answerer, args.invent, options.seed)
         extend(corpus, answerer, without_overlap(prompts, evaluation), args.tokens)

@@ -19,7 +19,7 @@ from export.config import UserError, load
 from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT
 
-ORDER = 3  # tokens of a context
+ORDER = 4  # tokens of a context, where a vocabulary is small enough
 LEAST = 2  # times that a context must have been followed by something, once an answer and token
 WIDTH = 4  # options of a context
 DOUBT = 2  # what a kind of token that followed counts for; with 1 too much is promised of texts unlike the corpus
@@ -78,6 +78,11 @@ def _mixed(counts: Counter[int], shorter: Options, width: int) -> Options:
     return sorted(mixed.items(), key=lambda each: -each[1])[:width]
 
 
+def longest(vocabulary: int) -> int:
+    """Tokens of a context, for a vocabulary of so many."""
+    return max(order for order in range(ORDER + 1) if (vocabulary + 1) ** order < 2**63)
+
+
 def hits(table: NGrams, answers: Sequence[Answer]) -> tuple[float, float]:
     """How often the likeliest token, and one of the options, was what the target said."""
     first = any_of_them = places = 0
@@ -96,7 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--output", type=Path, default=Path("build/training/ngrams.npz"), help="(default: %(default)s)")
     parser.add_argument(
-        "--order", type=int, default=ORDER, choices=range(1, 6), help="tokens of a context (default: %(default)s)"
+        "--order",
+        type=int,
+        choices=range(1, 6),
+        help=f"tokens of a context (default: {ORDER}, or as many as contexts of the vocabulary have numbers for)",
     )
     parser.add_argument(
         "--least",
@@ -110,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline = load(args.pipeline)
         folder = checkpoints.open_target(checkpoints.locate(pipeline.target.checkpoint, pipeline.target.revision))
         config = checkpoints.read_json(folder / "config.json", f"target {folder}")
-        how = int(config["vocab_size"]), args.order, args.least, args.options
+        vocabulary = int(config["vocab_size"])
+        how = vocabulary, args.order or longest(vocabulary), args.least, args.options
         answers = read_corpus(Path(pipeline.training.corpus))
         held_out, others = answers[::HELD_OUT], [a for i, a in enumerate(answers) if i % HELD_OUT]
         if others:

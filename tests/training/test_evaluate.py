@@ -1,6 +1,7 @@
 """Corpus and evaluation on a tiny pipeline, from the command down to the figures."""
 
 import json
+import lzma
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -93,6 +94,22 @@ def test_a_corpus_cut_at_any_byte_loses_one_answer_at_most(tmp_path):
         corpus.extend(path, Echo(), prompts, 8)
         assert path.read_bytes().startswith(b"".join(data.splitlines(keepends=True)[:kept]))
         assert {answer.id: answer for answer in read_corpus(path)} == answers
+
+
+def test_a_packed_corpus_is_read_and_does_not_grow(tmp_path, capsys):
+    line = json.dumps({"id": "a", "task": "t", "prompt_ids": [1], "response_ids": [2, 3], "temperature": 0.0})
+    path = tmp_path / "corpus.jsonl.xz"
+    packed = lzma.compress((line + "\n").encode() * 3)
+    path.write_bytes(packed)
+    assert read_corpus(path) == [Answer("a", "t", [1], [2, 3], 0.0)] * 3
+    for broken in (packed[:-20], b"nothing of the kind"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"corpus.jsonl.xz: cannot be unpacked"):
+            read_corpus(path)
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(f"target: {{checkpoint: nowhere}}\ntraining: {{corpus: {path}}}\n")
+    assert corpus.main([str(pipeline)]) == 1
+    assert "found a packed corpus, allowed: a file that can grow; name one by --output" in capsys.readouterr().err
 
 
 def test_invented_prompts_are_kept(pipeline):

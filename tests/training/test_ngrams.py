@@ -3,7 +3,7 @@
 import pytest
 
 from training.corpus import Answer
-from training.ngrams import count, hits
+from training.ngrams import count, hits, longest
 
 
 def answer(prompt, response):
@@ -35,3 +35,7 @@ def test_what_cannot_be_counted():
         count([], 6)
     with pytest.raises(ValueError, match="--order: found 4, allowed with a vocabulary of 151936: fewer"):
         count([answer([1], [2])], 151936, order=4)
+
+
+def test_contexts_are_as_long_as_they_have_numbers_for():
+    assert [longest(vocabulary) for vocabulary in (300, 49_152, 151_936, 2**40)] == [4, 4, 3, 1]
