@@ -22,7 +22,7 @@ from training.data import HELD_OUT
 ORDER = 4  # tokens of a context, where a vocabulary is small enough
 LEAST = 2  # times that a context must have been followed by something, once an answer and token
 WIDTH = 4  # options of a context
-DOUBT = 2  # what a kind of token that followed counts for; with 1 too much is promised of texts unlike the corpus
+DOUBT = 3  # what a kind of token that followed counts for; with less too much is promised of texts unlike the corpus
 
 Options = list[tuple[int, float]]
 

@@ -1,8 +1,12 @@
 """Counting, by hand; what the command refuses. The whole way, up to a build: ``test_commands.py``."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from training.corpus import Answer
+from decoding.ngrams import NGrams
+from training.corpus import Answer, read_corpus
 from training.ngrams import count, hits, longest
 
 
@@ -15,8 +19,8 @@ def test_contexts_are_counted_once_an_answer_and_mixed_with_shorter_ones():
     table = count(answers, 6, order=1, least=2, width=3)
     # Nothing before it: 2, 3 and 4 follow in 3, 2 and 2 answers.
     assert [(t, pytest.approx(p, abs=1e-3)) for p, t, _ in table.options(())] == [(2, 3 / 7), (3, 2 / 7), (4, 2 / 7)]
-    # Behind 2 comes 3 in two answers and 4 in one: two kinds that count as 4 for the shorter context's say.
-    expected = {3: (2 + 4 * 2 / 7) / 7, 4: (1 + 4 * 2 / 7) / 7, 2: 4 * 3 / 7 / 7}
+    # Behind 2 comes 3 in two answers and 4 in one: two kinds that count as 6 for the shorter context's say.
+    expected = {3: (2 + 6 * 2 / 7) / 9, 4: (1 + 6 * 2 / 7) / 9, 2: 6 * 3 / 7 / 9}
     assert {t: pytest.approx(p, abs=1e-3) for p, t, _ in table.options((2,))} == expected
     # Behind 5 something came in one answer alone: that is not known.
     assert table.options((5,)) == table.options(())
@@ -39,3 +43,13 @@ def test_what_cannot_be_counted():
 
 def test_contexts_are_as_long_as_they_have_numbers_for():
     assert [longest(vocabulary) for vocabulary in (300, 49_152, 151_936, 2**40)] == [4, 4, 3, 1]
+
+
+@pytest.mark.slow
+def test_the_shipped_table_is_counted_from_the_shipped_answers():
+    root = Path(__file__).parents[2]
+    shipped = NGrams.read(root / "models" / "smollm2-135m-instruct-ngrams" / "ngrams.npz")
+    own = count(read_corpus(root / "training" / "answers" / "smollm2-135m-instruct.jsonl.xz"), shipped.vocabulary)
+    assert own.order == shipped.order
+    for name in ("keys", "tokens", "probabilities"):
+        np.testing.assert_array_equal(getattr(own, name), getattr(shipped, name))
