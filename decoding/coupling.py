@@ -28,7 +28,7 @@ class Coupling:
 
     def __init__(self, uniforms: list[float], temperature: float) -> None:
         self.streams = [_mix(int(uniform * 2.0**53)) for uniform in uniforms]
-        self.power = temperature / math.sqrt(temperature**2 + DOUBT)
+        self.power = temperature / math.hypot(temperature, math.sqrt(DOUBT))
 
     def factor(self, depth: int, token: int) -> float:
         """What the odds of a token are multiplied by. depth: 1 for the next token."""

@@ -1,5 +1,7 @@
 """What random numbers say of draws: the engines' numbers, odds that come true, and no other answers."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,6 +41,18 @@ def test_it_looks_ahead_and_takes_no_number_from_a_request():
 
 def test_deeper_than_its_numbers_reach_nothing_changes():
     assert Coupling([0.5] * 3, 1.0).coupled(0.3, 4, 7) == pytest.approx(0.3)
+
+
+@given(
+    st.floats(0, sys.float_info.max, exclude_min=True),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 2**20),
+    st.floats(0, 1),
+)
+def test_at_any_temperature_a_probability_stays_one(temperature, uniform, token, p):
+    own = Coupling([uniform], temperature)
+    assert 0 <= own.coupled(p, 1, token) <= 1
+    assert 0 < own.power <= 1 or temperature < 1e-300
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
