@@ -113,9 +113,9 @@ class Auto:
         shares = np.arange(1, branches + 1) / max(branches, 1)
         if self.known:
             feeding = group.sources(self.text, self.ngrams, self.target)
-            grown = best_first.grow(group.anchors, feeding, self.reach, self.calibration.factors, couplings=group.couplings)
-            group.tree = grown
-            self.before[self.plan.drafted] = self._values(grown)
+            factors = self.calibration.factors
+            group.tree = best_first.grow(group.anchors, feeding, self.reach, factors, couplings=group.couplings)
+            self.before[self.plan.drafted] = self._values(group.tree)
             self.planner.saw_drafts(self.now, self.plan, self.before)
             rejected = -np.sort(-boundary.rejection_probabilities(group.draft.probabilities[..., 0]), axis=-1)
             shares = (np.cumsum(rejected, axis=-1) / (rejected.sum(-1, keepdims=True) + 1e-9)).mean(0)

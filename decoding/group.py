@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from array_api_compat import array_namespace, is_numpy_namespace
@@ -50,8 +51,9 @@ class Group:
         assert self.drafted is not None
         return self.drafted
 
-    @property
+    @cached_property
     def couplings(self) -> list[Coupling | None]:
+        """Of its sequences: more than one tree of a cycle may be grown by them."""
         return [coupling.of(sequence) for sequence in self.sequences]
 
     def sources(self, text: Text, ngrams: NGrams | None, memory: Sequences) -> list[Any]:

@@ -39,7 +39,7 @@ def count(answers: Iterable[Answer], vocabulary: int, order: int = ORDER, least:
     """
     if least < 1 or width < 1:
         raise ValueError(f"--least, --options: found {least} and {width}, allowed: 1 or more")
-    if (vocabulary + 1) ** order >= 2**63:
+    if order > longest(vocabulary, order):
         raise ValueError(f"--order: found {order}, allowed with a vocabulary of {vocabulary}: fewer")
     seen: list[defaultdict[tuple[int, ...], Counter[int]]] = [defaultdict(Counter) for _ in range(order + 1)]
     for answer in answers:
@@ -78,9 +78,9 @@ def _mixed(counts: Counter[int], shorter: Options, width: int) -> Options:
     return sorted(mixed.items(), key=lambda each: -each[1])[:width]
 
 
-def longest(vocabulary: int) -> int:
-    """Tokens of a context, for a vocabulary of so many."""
-    return max(order for order in range(ORDER + 1) if (vocabulary + 1) ** order < 2**63)
+def longest(vocabulary: int, most: int = ORDER) -> int:
+    """Tokens of a context, ``most`` or as many as contexts of such a vocabulary have numbers for."""
+    return max(order for order in range(most + 1) if (vocabulary + 1) ** order < 2**63)
 
 
 def hits(table: NGrams, answers: Sequence[Answer]) -> tuple[float, float]:
