@@ -44,6 +44,7 @@ class Auto:
         self.first, self.second = first, second
         self.sequences: list[Sequence] = []  # of the cycle
         self.parts: list[tuple[Group, list[int]]] = []  # and their places among these
+        self.spoke = False  # whether nodes were verified in the last cycle that cost no pass
 
     def begin(
         self, members: Many[int], sequences: Many[Sequence], anchors: Array, others: int, other_context: int
@@ -58,12 +59,13 @@ class Auto:
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
-        worth, least = [list[float]() for _ in own], LEAST * bar.node
-        couplings: list[Coupling | None] = []
-        if looks := self.planner.looks(bar):
-            couplings = [coupling.of(s) for s in own]
+        looks, least = self.planner.looks(bar), LEAST * bar.node
+        couplings = [coupling.of(s) for s in own] if looks else []
+        nodes, silent = [self.planner.reach] * len(own), not looks
+        if looks and not self.spoke:  # where they paid a moment ago they probably do now: a glance would be for nothing
             worth = [self._worth(s, least, coupled) for s, coupled in zip(own, couplings, strict=True)]
-        silent = self.planner.hopeless(bar, [value for values in worth for value in values])
+            nodes = [count if values else 1 for count, values in zip(nodes, worth, strict=True)]
+            silent = self.planner.hopeless(bar, [value for values in worth for value in values])
         if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
             self.plan, self.parts = plan, [(group, list(range(len(own))))]
@@ -71,16 +73,14 @@ class Auto:
             return [group]
         self.reach = self.planner.reach
         nothing = np.zeros((len(own), self.reach - 1))
-        lags = np.array([[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)])
-        contexts = np.array([s.computed for s in own], dtype=np.int64)
-        self.now = Situation(own, nothing, lags, contexts, others, other_context)
+        lags = [[f.lag(s) if f else 0 for s in own] for f in (self.first, self.second)]
+        self.now = Situation(own, nothing, lags, [s.computed for s in own], others, other_context)
         here = np.array([s.anchor for s in own], dtype=np.int64)
         if silent:
             texts = prefix_tree.merge(here, here[:, None, None][..., :0])
         else:
             feeding: list[Proposer] = [self.ngrams.propose(own)] if self.ngrams else []
             feeding.append(self.text.propose(own, least))
-            nodes = [self.reach if values else 1 for values in worth]
             texts = best_first.grow(here, feeding, nodes, self.calibration.factors, least, couplings)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
@@ -139,6 +139,7 @@ class Auto:
 
     def learn(self, walks: Many[Walk], seconds: float) -> None:
         """What came of the plan. walks: of the whole batch. seconds: that the cycle took."""
+        self.spoke = self.plan.kind == "text"
         own = {walk.sequence: walk for walk in walks}
         if not self.known and self.plan.drafted:
             values = self.now.text.copy()

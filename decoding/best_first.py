@@ -72,10 +72,11 @@ def _by_queue(
     for b, own in enumerate(grown):
         n = len(own)
         tokens[b, :n], parents[b, :n], depths[b, :n], values[b, :n], origins[b, :n] = zip(*own, strict=True)
-        for node, parent in enumerate(parents[b, :n].tolist()):
-            if node:
-                mask[b, node] = mask[b, parent]
-            mask[b, node, node] = True
+        sees: list[list[bool]] = []
+        for node, (_, parent, *_) in enumerate(own):
+            sees.append(sees[parent].copy() if node else [False] * n)
+            sees[node][node] = True
+        mask[b, :n, :n] = sees
     return PrefixTree(tokens, parents, depths, mask, values, origins, counts, int(depths.max()))
 
 

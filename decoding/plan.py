@@ -17,7 +17,6 @@ class Plan:
         drafted: which of them the first drafter is called for. branches: redraft of each of those; 0 is none.
         nodes: rows that each verifies, the anchor's among them; set by the last step, or at once where there is no other.
         where: whether drafts are thought of follows from it: how many sequences, and how sure their texts are.
-        alone: whether there is nothing else in the target's pass.
         probing: whether it drafts or redrafts to find out.
         promised: tokens that its nodes' values sum to. expected: that it should commit.
         seconds: that it should take at the machine's usual pace. calls: of these, its engines' calls alone.
@@ -28,7 +27,6 @@ class Plan:
     branches: int = 0
     nodes: list[int] = field(default_factory=list)
     where: tuple[int, int] = (0, 0)
-    alone: bool = True
     probing: bool = False
     promised: float = 0.0
     expected: float = 0.0
@@ -49,21 +47,21 @@ class Situation:
 
     Attributes:
         sequences: those in ``auto``. text: ``[b, N - 1]``, the values of what the text proposes for each.
-        lags: ``[2, b]``, tokens that each drafter must catch up with.
+        lags: ``[2][b]``, tokens that each drafter must catch up with.
         contexts: ``[b]``. others: rows of the target's pass that are not theirs. other_context: of those rows' sequences.
     """
 
     sequences: Many[Sequence]
     text: NDArray[np.float64]
-    lags: NDArray[np.int64]
-    contexts: NDArray[np.int64]
+    lags: Many[Many[int]]
+    contexts: Many[int]
     others: int = 0
     other_context: int = 0
 
     @property
     def context(self) -> int:
         """Tokens in the caches of all."""
-        return int(self.contexts.sum()) + self.other_context
+        return sum(self.contexts) + self.other_context
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Bar:
 
     Attributes:
         until: the cycle. sequences: how many. others: rows of the pass that are not theirs.
-        seconds: of a plain cycle. calls: of these, the target's call alone. alone: of one without those rows.
+        seconds: of a plain cycle. alone: of one without those rows. passes: of the target's call with 0, 1, … nodes beside.
         least: tokens that the first 1, 2, … nodes must be worth together. node: that one must be worth to be among the most
             valuable that pay, about.
     """
@@ -81,7 +79,7 @@ class Bar:
     sequences: int
     others: int
     seconds: float
-    calls: float
     alone: float
+    passes: list[float]
     least: list[float]
     node: float

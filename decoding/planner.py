@@ -1,8 +1,9 @@
 """``auto``: what to draft and how much to verify, so that most tokens are committed a second (docs/method.md §8).
 
 A cycle commits a token and, of the nodes that it verifies, as many as their values sum to; it takes what its calls take
-(``engines.Costs``). Time is worth λ tokens a second, the rate at which a batch of this size has been going, and what is chosen
-is what gains most: tokens - λ · seconds. It is chosen in steps, each when what it needs is known:
+(``engines.Costs``). What is chosen is what commits most tokens a second in this very cycle, not what gains most at the rate of
+all cycles: a text that is hard to foresee is so for a while, and a token there is worth the time that others take there. It is
+chosen in steps, each when what it needs is known:
 
 0. look at anything? Where the texts say too little for any number of rows and drafts did not pay a few cycles ago, plain
    decoding takes as long as it does without a planner;
@@ -16,6 +17,7 @@ On a device values are known only when the cycle is over; there the same steps g
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -28,17 +30,16 @@ from decoding.sequence import Sequence
 Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of a tree, most valuable first
 
 NODES = 48  # of a tree, at most
-MARGIN = 0.03  # of a cycle's tokens: a step must promise more than that beyond what it costs
-RISK = 0.05  # that seconds beyond a plain cycle's count for more: estimates err, and the best of many errs upwards
+MARGIN = 0.02  # a step must promise so much more tokens a second than doing without it
+CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-LOOK = 64  # nodes of all texts that are compared with what they cost, before anything is made of them
-SELDOM = 4  # where looking texts up has cost more than it won, it is done every so many cycles
+LOOK = 256  # nodes of all trees that are compared with what they cost
+SELDOM = 8  # where looking texts up has cost more than it won, it is done every so many cycles
 LOOKED_MEMORY = 1 / 64  # of what it won
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
-RATE_MEMORY = 1 / 128  # and in the rate
 # What is chosen for its promise keeps less of it than what is promised on average: tokens that came of those promised, to begin
 # with, and how many promised ones that counts for. Both fade.
 KEPT, KEPT_WEIGHT, KEPT_MEMORY = 0.8, 12.0, 1 / 64
@@ -73,7 +74,6 @@ class Planner:
         self.more: Curve = PRIOR_REDRAFT * 0.2 * 0.8 ** np.arange(NODES - 1)
         self.levels: dict[Sequence, tuple[float, float]] = {}  # tokens that its drafts promised, and that others do
         self.beside: defaultdict[int, dict[str, float]] = defaultdict(BESIDE.copy)  # by sequences, and by what is done
-        self.rates: dict[int, tuple[float, float]] = {}  # tokens and seconds, fading, by sequences
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
@@ -95,17 +95,16 @@ class Planner:
         bar = self.bars.get(sequences)
         if bar is None or bar.until <= self.cycles or bar.others != others:
             beside = self.beside[sequences]
-            seconds = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
-            plain = alone = float(seconds[0]) * beside["plain"]
+            passes = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
+            plain = alone = float(passes[0]) * beside["plain"]
             if others:
                 alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
-            rate = self._rate_at(sequences, alone)
             kept, promised = self.kept["text"]
-            least = (1 + RISK) * (seconds[1:] * beside["text"] - plain) * rate + MARGIN * sequences
-            least *= max(1.0, promised / max(kept, 1e-6))
+            least = sequences * ((passes[1:] * beside["text"] - plain) / alone + _margin(sequences))
+            least *= promised / max(kept, 1e-6)
             node = float((least / np.arange(1, LOOK + 1)).min())
             bar = self.bars[sequences] = Bar(
-                self.cycles + REST, sequences, others, plain, float(seconds[0]), alone, least.tolist(), node
+                self.cycles + REST, sequences, others, plain, alone, passes.tolist(), least.tolist(), node
             )
         return bar
 
@@ -128,27 +127,27 @@ class Planner:
         where = bar.sequences, 0
         if not self._rests(where):
             return None
-        plan = Plan([], nodes=[1] * bar.sequences, where=where, alone=not bar.others)
-        plan.expected, plan.seconds, plan.calls, plan.pace = float(bar.sequences), bar.seconds, bar.calls, self.costs.pace
+        plan = Plan([], nodes=[1] * bar.sequences, where=where)
+        plan.expected, plan.seconds, plan.calls, plan.pace = float(bar.sequences), bar.seconds, bar.passes[0], self.costs.pace
         return plan
 
     def begin(self, now: Situation) -> Plan:
         """Step 1: which sequences to draft for."""
-        plan = Plan([], where=_where(now), alone=not now.others)
+        plan = Plan([], where=_where(now))
         if self._rests(plan.where):
             return plan
         plain = self._verify(now, now.text, 0.0)
         drafted = self._drafted(now)
         order = np.argsort(now.text.sum(1) - drafted.sum(1), kind="stable").tolist()
-        best, chosen = plain.gain + MARGIN * len(order), 0
+        best, chosen = plain.rate * (1 + _margin(len(order))), 0
         size = 1
         while size <= len(order):
             some = order[:size]
             values = now.text.copy()
             values[some] = drafted[some]
-            gain = self._verify(now, values, self._drafting(now, some, 0)).gain
-            if gain > best:
-                best, chosen = gain, size
+            rate = self._verify(now, values, self._drafting(now, some, 0)).rate
+            if rate > best:
+                best, chosen = rate, size
             size = min(2 * size, len(order)) if size < len(order) else size + 1
         if chosen:
             self.patience["draft"] = 1.0
@@ -169,13 +168,13 @@ class Planner:
         if not self.branches or not plan.drafted:
             return
         spent = self._drafting(now, plan.drafted, 0)
-        best = self._verify(now, values, spent).gain + MARGIN * len(values)
+        best = self._verify(now, values, spent).rate * (1 + _margin(len(values)))
         branches = 1
         while branches <= self.branches:
             promised = self._redrafted(plan, values, shares[branches - 1])
-            gain = self._verify(now, promised, spent + self._drafting(now, plan.drafted, branches), "redraft").gain
-            if gain > best:
-                best, plan.branches = gain, branches
+            rate = self._verify(now, promised, spent + self._drafting(now, plan.drafted, branches), "redraft").rate
+            if rate > best:
+                best, plan.branches = rate, branches
             branches = min(2 * branches, self.branches) if branches < self.branches else branches + 1
         if plan.branches:
             self.patience["redraft"] = 1.0
@@ -190,7 +189,7 @@ class Planner:
         if not plan.drafted and not values.any():
             plan.nodes, plan.expected = [1] * len(values), float(len(values))
             bar = self._bar(now)
-            plan.seconds, plan.calls = bar.seconds, bar.calls
+            plan.seconds, plan.calls = bar.seconds, bar.passes[0]
             return
         spent = self._drafting(now, plan.drafted, 0) if plan.drafted else 0.0
         spent += self._drafting(now, plan.drafted, plan.branches) if plan.branches else 0.0
@@ -225,10 +224,6 @@ class Planner:
         self.expected += plan.expected
         self.came += came
         self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
-        if plan.alone:
-            tokens, spent = self.rates.get(size, (0.0, 0.0))
-            kept = 1 - RATE_MEMORY
-            self.rates[size] = (tokens * kept + came, spent * kept + plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -280,8 +275,8 @@ class Planner:
         """
         cost = self.costs.second if branches else self.costs.first
         blocks = len(some) * self.block_size * max(branches, 1)
-        lags = [int(now.lags[1 if branches else 0, b]) for b in some]
-        context = int(sum(now.contexts[b] for b in some))
+        lags = [now.lags[1 if branches else 0][b] for b in some]
+        context = sum(now.contexts[b] for b in some)
         usually, all_of_it = blocks + sum(min(lag, self.block_size) for lag in lags), blocks + sum(lags)
         if at_once:
             return cost(all_of_it, len(some), context)
@@ -295,51 +290,32 @@ class Planner:
     def _verify(
         self, now: Situation, values: NDArray[np.float64], spent: float, drafting: Literal["draft", "redraft"] = "draft"
     ) -> "_Verified":
-        """The most gainful nodes of all, when ``spent`` seconds went before, on ``drafting``.
+        """The nodes of all with which most tokens come a second, when ``spent`` seconds went before, on ``drafting``. What rows
+        of others take is theirs.
 
         Args:
             values: ``[b, N - 1]``, falling.
         """
-        size = values.shape[1]
-        pool = values.reshape(-1)
-        order = np.argsort(-pool, kind="stable")
-        order = order[: int((pool > 1e-3).sum())]
+        bar = self._bar(now)
+        beside = self.beside[len(values)][drafting if spent else "text"]
+        pool = [(value, b) for b, own in enumerate(values.tolist()) for value in own if value > 1e-3]
+        pool.sort(key=itemgetter(0), reverse=True)
         kept, promised = self.kept["draft" if spent else "text"]
-        promises = np.concatenate([[0.0], np.cumsum(pool[order])])
-        expected = len(values) + promises * min(1.0, kept / promised)
-        seconds = self._taken(now, len(order), spent, drafting if spent else "text")
-        plain = self._bar(now).seconds
-        gain = expected - self._rate(now) * (seconds + RISK * np.maximum(seconds - plain, 0.0))
-        best = int(gain.argmax())
-        if not spent and gain[best] < gain[0] + MARGIN * len(values) * (best > 0):
-            best = 0
-        nodes = 1 + np.bincount(order[:best] // max(size, 1), minlength=len(values))
-        return _Verified(float(gain[best]), nodes.tolist(), float(promises[best]), float(expected[best]), float(seconds[best]))
-
-    def _taken(self, now: Situation, most: int, spent: float, kind: str) -> NDArray[np.float64]:
-        """Seconds of a cycle that verifies 0, 1, … ``most`` nodes, ``[most + 1]``, when calls before it took ``spent``."""
-        beside = self.beside[len(now.sequences)]
-        seconds = (spent + self._pass(now, np.arange(most + 1))) * beside[kind]
-        if not spent:
-            seconds[0] *= beside["plain"] / beside[kind]
-        return seconds
-
-    def _pass(self, now: Situation, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Seconds of the target's pass over as many nodes beside the anchors, and what else is in it."""
-        size = len(now.sequences)
-        return self.costs.target(now.others + size + nodes, size, now.context)
-
-    def _rate(self, now: Situation) -> float:
-        return self._rate_at(len(now.sequences), self._bar(now).alone)
-
-    def _rate_at(self, sequences: int, plain: float) -> float:
-        """λ, tokens a second; those of plain decoding at least: so nothing is chosen that is slower than that.
-
-        Args:
-            plain: seconds of a plain cycle.
-        """
-        tokens, seconds = self.rates.get(sequences, (0.0, 1.0))
-        return max(sequences / plain, tokens / seconds)
+        share = kept / promised
+        total = promises = 0.0
+        count, tokens, seconds = 0, float(len(values)), (spent + bar.passes[0]) * beside if spent else bar.seconds
+        rate = tokens / (bar.alone + max(seconds - bar.seconds, 0.0))
+        enough = rate if spent else rate * (1 + _margin(len(values)))
+        for nodes, ((value, _), pass_seconds) in enumerate(zip(pool, bar.passes[1:], strict=False), 1):
+            total += value
+            expected, takes = len(values) + share * total, (spent + pass_seconds) * beside
+            better = expected / (bar.alone + max(takes - bar.seconds, 0.0))
+            if better > max(rate, enough):
+                count, rate, promises, tokens, seconds = nodes, better, total, expected, takes
+        nodes_of = [1] * len(values)
+        for _, b in pool[:count]:
+            nodes_of[b] += 1
+        return _Verified(rate, nodes_of, promises, tokens, seconds)
 
     def _bar(self, now: Situation) -> Bar:
         return self.bar(len(now.sequences), now.context, now.others)
@@ -362,11 +338,15 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Verified:
-    gain: float
+    rate: float
     nodes: list[int]
     promised: float
     expected: float
     seconds: float
+
+
+def _margin(sequences: int) -> float:
+    return MARGIN + CROWD * (sequences - 1)
 
 
 def _where(now: Situation) -> tuple[int, int]:

@@ -31,7 +31,7 @@ TURNS = 6  # of the calls, those of few rows in all of them
 TOGETHER = 4  # sequences of the call that says what a further one takes
 PACE = 0.06  # weight of a call in what is known of how slow the machine is at the moment, which all calls share
 REACH = 0.02  # and in the correction of its own size
-LEARNED = 8  # calls between two uses of it
+LEARNED = 8  # calls of which it learns at once
 LOOKED_UP = 512  # rows; larger calls are reckoned from there
 FORM = 5  # of the file
 
@@ -70,7 +70,7 @@ class Table:
         distance = np.abs(np.log((self._sizes + 1) / (self._filled[:, None] + 1)))
         self._near = REACH * np.exp(-((distance / 0.3) ** 2))
         self._factor = np.interp(self._filled, self._sizes, self._correction)
-        self._observed = 0
+        self._seen: list[tuple[int, float]] = []  # calls, and what they took, of what was expected
 
     def __call__(self, rows: NDArray[np.int64], sequences: int, context: int) -> Seconds:
         """Seconds of calls of ``rows`` each, an int64 array of any shape.
@@ -91,11 +91,13 @@ class Table:
 
     def correct(self, rows: int, ratio: float) -> None:
         """A call took so many times as long as was expected."""
-        self._correction *= 1 + self._near[min(rows, LOOKED_UP)] * (ratio - 1)
-        self._observed += 1
-        if self._observed % LEARNED == 0:
+        self._seen.append((min(rows, LOOKED_UP), ratio))
+        if len(self._seen) == LEARNED:
+            for size, took in self._seen:
+                self._correction *= 1 + self._near[size] * (took - 1)
             self._correction = np.clip(self._correction, 0.2, 5.0)
             self._factor = np.interp(self._filled, self._sizes, self._correction)
+            self._seen.clear()
 
 
 class Costs:

@@ -5,6 +5,8 @@ has begun with is shared: a block whose tokens, and all before them, another seq
 follows vLLM's PagedAttention (arXiv 2309.06180).
 """
 
+import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,14 +193,14 @@ class Paged:
             if missing > 0:
                 one.table += self.pool.take(missing)
         tables = [one.table[: _blocks(one.length + count)] for one, count in zip(held, rows, strict=True)]
-        lengths = np.array([*(one.length for one in held), *[0] * more], np.int32)
+        lengths = [*(one.length for one in held), *[0] * more]
         rows, masks, tables = [*rows, *[1] * more], [*masks, *[ALONE] * more], [*tables, *[[self.spare]] * more]
         return {
-            "past_lens": lengths,
+            "past_lens": np.array(lengths, np.int32),
             "subsequence_begins": _begins(rows),
             "block_indices": np.array([block for table in tables for block in table], np.int32),
             "block_indices_begins": _begins([len(table) for table in tables]),
-            "max_context_len": np.array((lengths + np.array(rows)).max(), np.int32),
+            "max_context_len": np.array(max(map(operator.add, lengths, rows)), np.int32),
             "qq_bias": np.concatenate([mask.reshape(-1) for mask in masks]).view(np.uint8),
             "qq_bias_begins": _begins([mask.size for mask in masks]),
         }
@@ -211,9 +213,9 @@ class Paged:
             one.number = self.pool.learn(one.table[one.learned], one.number, one.tokens[start : start + BLOCK])
             one.learned += 1
 
-    def places(self, one: Held, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def places(self, one: Held, rows: Sequence[int]) -> tuple[list[int], list[int]]:
         """Block and place in it of a sequence's rows."""
-        return np.array(one.table)[rows // BLOCK], rows % BLOCK
+        return [one.table[row // BLOCK] for row in rows], [row % BLOCK for row in rows]
 
 
 class RaggedPass:
@@ -270,26 +272,23 @@ class PagedTarget(Paged):
 
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
         """K/V of accepted rows move up to where they belong; what lies behind them is written over by the next call."""
-        source: list[NDArray] = []
-        goal: list[NDArray] = []
-        for b, (one, chosen) in enumerate(zip(self._last, rows, strict=True)):
+        moved: list[tuple[int, ...]] = []  # of a row: block and place where it is, and where it belongs
+        for one, chosen, start in zip(self._last, rows, self._starts.tolist(), strict=False):
             if not len(chosen):
                 continue
-            nodes = np.array(chosen)
-            there = self.places(one, one.length + np.arange(len(nodes)))
-            self.rows[there] = self._features[self._starts[b] + nodes]
-            if nodes[-1] != len(nodes) - 1:
-                source.append(np.stack(self.places(one, one.length + nodes)))
-                goal.append(np.stack(there))
-        if source:
-            (block, place), (to_block, to_place) = np.concatenate(source, 1), np.concatenate(goal, 1)
+            there = self.places(one, range(one.length, one.length + len(chosen)))
+            self.rows[there] = self._features[[start + node for node in chosen]]
+            if chosen[-1] != len(chosen) - 1:
+                moved += zip(*self.places(one, [one.length + node for node in chosen]), *there, strict=True)
+        if moved:
+            block, place, to_block, to_place = map(list, zip(*moved, strict=True))
             cache = self.graph.cache
             cache[:, to_block, :, to_place] = cache[:, block, :, place]
         for one, chosen in zip(self._last, rows, strict=True):
             self.grow(one, len(chosen))
 
     def features(self, sequence: int, start: int, stop: int) -> Features:
-        return self.rows[self.places(self.held[sequence], np.arange(start, stop))]
+        return self.rows[self.places(self.held[sequence], range(start, stop))]
 
 
 class PagedDrafter(Paged):
@@ -382,4 +381,4 @@ def _blocks(rows: int) -> int:
 
 def _begins(sizes: Sequence[int]) -> NDArray[np.int32]:
     """Where each of some runs begins, and the end of the last one."""
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return np.array(list(itertools.accumulate(sizes, initial=0)), np.int32)
