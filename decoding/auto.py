@@ -62,7 +62,8 @@ class Auto:
         looks, least = self.planner.looks(bar), LEAST * bar.node
         couplings = [coupling.of(s) for s in own] if looks else []
         nodes, silent = [self.planner.reach] * len(own), not looks
-        if looks and not self.spoke:  # where they paid a moment ago they probably do now: a glance would be for nothing
+        # Alone a tree is made as soon as a glance is taken; where they paid a moment ago they probably do now.
+        if looks and len(own) > 1 and not self.spoke:
             worth = [self._worth(s, least, coupled) for s, coupled in zip(own, couplings, strict=True)]
             nodes = [count if values else 1 for count, values in zip(nodes, worth, strict=True)]
             silent = self.planner.hopeless(bar, [value for values in worth for value in values])

@@ -47,6 +47,30 @@ def test_every_number_of_nodes_is_looked_at():
     assert planned(Steps(), situation([[0.3] * 2 + [0.0] * 9]), drafts=False).nodes == [1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_number_of_nodes_commits_more_a_second(seed):
+    rng = np.random.default_rng(seed)
+    batch = int(rng.integers(1, 5))
+    table = 1 + np.cumsum(rng.random(512) * rng.integers(0, 2, 512) * rng.choice([0.05, 0.3]))
+
+    class Steps(ToyCosts):
+        def target(self, rows, sequences, context):
+            return table[rows]
+
+    text = -np.sort(-(rng.random((batch, 9)) ** 2), axis=1)
+    own = Planner(Steps(), 8, 4, drafts=False)
+    plan = own.begin(situation(text))
+    own.finish(situation(text), plan, text)
+    (kept, promised), beside = own.kept["text"], own.beside[batch]
+    plain = table[batch] * beside["plain"]
+    worth = [0.0, *np.cumsum(-np.sort(-text.reshape(-1))) * kept / promised]
+    rates = [(batch + w) / max(plain, table[batch + n] * beside["text"]) for n, w in enumerate(worth)]
+    rates[0] = batch / plain
+    chosen = rates[sum(plan.nodes) - batch]
+    margin = 1 + planner.MARGIN + planner.CROWD * (batch - 1)
+    assert chosen == pytest.approx(max(rates) if max(rates) > rates[0] * margin else rates[0])
+
+
 def test_rows_are_one_pool():
     costs = ToyCosts(base=1.0, step=0.5, width=4)
     plan = planned(costs, situation([[0.9, 0.8, 0.1, 0.1], [0.2, 0.1, 0.0, 0.0]]), drafts=False)
