@@ -34,7 +34,6 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-LOOK = 256  # nodes of all trees that are compared with what they cost
 SELDOM = 8  # where looking texts up has cost more than it won, it is done every so many cycles
 LOOKED_MEMORY = 1 / 64  # of what it won
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
@@ -95,14 +94,14 @@ class Planner:
         bar = self.bars.get(sequences)
         if bar is None or bar.until <= self.cycles or bar.others != others:
             beside = self.beside[sequences]
-            passes = self.costs.target(others + sequences + np.arange(LOOK + 1), sequences, context)
+            passes = self.costs.target(others + sequences + np.arange(NODES * sequences), sequences, context)
             plain = alone = float(passes[0]) * beside["plain"]
             if others:
                 alone = float(self.costs.target(np.array([sequences]), sequences, context)[0]) * beside["plain"]
             kept, promised = self.kept["text"]
             least = sequences * ((passes[1:] * beside["text"] - plain) / alone + _margin(sequences))
             least *= promised / max(kept, 1e-6)
-            node = float((least / np.arange(1, LOOK + 1)).min())
+            node = float((least / np.arange(1, len(least) + 1)).min())
             bar = self.bars[sequences] = Bar(
                 self.cycles + REST, sequences, others, plain, alone, passes.tolist(), least.tolist(), node
             )
@@ -252,7 +251,9 @@ class Planner:
         return self._redrafted(plan, values, 1.0) if plan.branches else values
 
     def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended. Who comes in its place may have a context of another length."""
         self.levels.pop(sequence, None)
+        self.bars.clear()
 
     def _drafted(self, now: Situation) -> NDArray[np.float64]:
         """What first drafts would be worth, ``[b, N - 1]``; never less than the text alone."""

@@ -71,6 +71,17 @@ def test_no_other_number_of_nodes_commits_more_a_second(seed):
     assert chosen == pytest.approx(max(rates) if max(rates) > rates[0] * margin else rates[0])
 
 
+def test_who_comes_next_is_reckoned_by_its_own_context():
+    class Contexts(ToyCosts):
+        def target(self, rows, sequences, context):
+            return 1.0 + 0.001 * context + 0.0 * rows
+
+    own, before = Planner(Contexts(), 8, 4, drafts=False), situation([[0.5]])
+    short = own.bar(1, 50, 0).seconds
+    own.forget(before.sequences[0])
+    assert own.bar(1, 1900, 0).seconds == pytest.approx(short * 2.9 / 1.05)
+
+
 def test_rows_are_one_pool():
     costs = ToyCosts(base=1.0, step=0.5, width=4)
     plan = planned(costs, situation([[0.9, 0.8, 0.1, 0.1], [0.2, 0.1, 0.0, 0.0]]), drafts=False)
