@@ -247,7 +247,8 @@ class Planner:
     def promised(self, now: Situation, plan: Plan) -> NDArray[np.float64]:
         """What the trees should be worth by what is known so far, ``[b, N - 1]``."""
         values = now.text.copy()
-        values[plan.drafted] = self._drafted(now)[plan.drafted]
+        if plan.drafted:
+            values[plan.drafted] = self._drafted(now)[plan.drafted]
         return self._redrafted(plan, values, 1.0) if plan.branches else values
 
     def forget(self, sequence: Sequence) -> None:
@@ -306,13 +307,14 @@ class Planner:
         total = promises = 0.0
         count, tokens, seconds = 0, float(len(values)), (spent + bar.passes[0]) * beside if spent else bar.seconds
         rate = tokens / (bar.alone + max(seconds - bar.seconds, 0.0))
-        enough = rate if spent else rate * (1 + _margin(len(values)))
+        best = rate if spent else rate * (1 + _margin(len(values)))
         for nodes, ((value, _), pass_seconds) in enumerate(zip(pool, bar.passes[1:], strict=False), 1):
             total += value
             expected, takes = len(values) + share * total, (spent + pass_seconds) * beside
             better = expected / (bar.alone + max(takes - bar.seconds, 0.0))
-            if better > max(rate, enough):
-                count, rate, promises, tokens, seconds = nodes, better, total, expected, takes
+            if better > best:
+                best = rate = better
+                count, promises, tokens, seconds = nodes, total, expected, takes
         nodes_of = [1] * len(values)
         for _, b in pool[:count]:
             nodes_of[b] += 1

@@ -273,7 +273,7 @@ class PagedTarget(Paged):
     def keep(self, rows: Sequence[Sequence[int]]) -> None:
         """K/V of accepted rows move up to where they belong; what lies behind them is written over by the next call."""
         moved: list[tuple[int, ...]] = []  # of a row: block and place where it is, and where it belongs
-        for one, chosen, start in zip(self._last, rows, self._starts.tolist(), strict=False):
+        for one, chosen, start in zip(self._last, rows, self._starts[:-1].tolist(), strict=True):
             if not len(chosen):
                 continue
             there = self.places(one, range(one.length, one.length + len(chosen)))
