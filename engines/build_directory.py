@@ -110,12 +110,10 @@ class BuildDirectory:
         from engines.openvino import OpenVinoGraph, choose, require
         from engines.openvino_operators import usable
         from engines.paged import PagedDrafter, PagedTarget, block_bytes, sequence_blocks
-        from plugins.openvino import library
 
         require()
-        built = self.path / "operators" / library.name()
-        operators = built if usable(built) else None
         precision, limits = choose(wanted), self.manifest["limits"]
+        operators = usable(self.path / "operators") if precision == "f32" else None
         infos = [GraphInfo(**recorded["info"]) for recorded in self.manifest["graphs"].values()]
         one = sequence_blocks(limits["length"])
         blocks = pool_blocks(limits["kv_memory"], sum(map(block_bytes, infos)), one * limits["sequences"], one)

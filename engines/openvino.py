@@ -18,6 +18,7 @@ from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
 from engines.memory import free_memory
 from engines.paged import BLOCK
+from plugins.openvino.library import Library
 
 ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
 Precision = str
@@ -78,12 +79,13 @@ class OpenVinoGraph:
         info: GraphInfo,
         precision: Precision,
         blocks: int,
-        operators: Path | None = None,
+        operators: Library | None = None,
         block_size: int = 1,
     ) -> None:
         ov = require()
         self.info = info
-        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}" + (", own operators" if operators else "")
+        own = f", own operators ({operators.instructions.name})" if operators else ""
+        self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}{own}"
         self._ov, self._core = ov, ov.Core()
         for extension in openvino_operators.extensions(ov, info, precision, operators):
             self._core.add_extension(extension)

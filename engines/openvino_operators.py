@@ -14,32 +14,39 @@ from numpy.typing import NDArray
 
 from engines.cpu import has
 from engines.engine import GraphInfo
-from plugins.block_matmul.packed import LANES, Packed, pack, pack_floats
+from plugins.block_matmul.packed import Packed, pack, pack_floats
+from plugins.openvino import library as libraries
+from plugins.openvino.library import Library
 
-WIDE = ("avx512_vnni", "avx_vnni")  # the CPU multiplies 8-bit numbers: OpenVINO then rounds rows itself, and is fast
-KERNELS = ("avx2", "fma", "f16c")  # what ours need
+MULTIPLIES_BYTES = ("avx512_vnni", "avx_vnni")  # OpenVINO then rounds rows to 8 bits itself
+FLOATS = 8  # that our attention's registers hold
 
 
-def usable(library: Path) -> bool:
-    """Whether the project's own operators are there, load, and are the faster ones here; says so if they must be made again."""
-    if not has(*KERNELS) or any(map(has, WIDE)):
-        return False
-    reason = None
-    if not library.exists():
-        if not any(library.parent.glob("*.so")):  # the build has said why
-            return False
-        reason = f"those in {library.parent} are of another version"
-    else:
+def usable(folder: Path) -> Library | None:
+    """The best of a build's libraries that runs here; None, and a word about it, if they must be made again.
+
+    With VNNI alone (no AVX-512) OpenVINO's own operators serve: nobody has measured ours there.
+    """
+    if has("avx_vnni") and not has(*libraries.AVX512.needs):
+        return None
+    instructions = next((each for each in libraries.ALL if has(*each.needs)), None)
+    if instructions is None or not any(folder.glob("*.so")):  # the build has said why there are none
+        return None
+    file, reason = folder / libraries.name(instructions), None
+    if file.exists():
         try:
-            ctypes.CDLL(str(library))  # OpenVINO, which it needs, is loaded
+            ctypes.CDLL(str(file))  # OpenVINO, which it needs, is loaded
         except OSError as error:
             reason = str(error)
+    else:
+        reason = f"those in {folder} are of another version"
     if reason:
         print(f"operators: {reason}; OpenVINO's own serve, at half the speed, until the build is made again here", flush=True)
-    return reason is None
+        return None
+    return Library(file, instructions)
 
 
-def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -> list[Any]:
+def extensions(ov: Any, info: GraphInfo, precision: str, library: Library | None) -> list[Any]:
     """What to give to OpenVINO's front end.
 
     Args:
@@ -50,13 +57,13 @@ def extensions(ov: Any, info: GraphInfo, precision: str, library: Path | None) -
     factory = None
     if library is not None:
         factory = NodeFactory()
-        factory.add_extension(library)
-    return [attention(ov, info, factory if attends(info, precision, library) else None), block_matmul(ov, factory)]
+        factory.add_extension(library.path)
+    return [attention(ov, info, factory if attends(info, precision, library) else None), block_matmul(ov, factory, library)]
 
 
-def attends(info: GraphInfo, precision: str, library: Path | None) -> bool:
+def attends(info: GraphInfo, precision: str, library: Library | None) -> bool:
     """Whether attention is the project's own operator, too: it has floats, in whole registers."""
-    return library is not None and precision == "f32" and info.head_dim % LANES == 0
+    return library is not None and precision == "f32" and info.head_dim % FLOATS == 0
 
 
 def attention(ov: Any, info: GraphInfo, factory: Any) -> Any:
@@ -134,11 +141,11 @@ def _paged_attention(ov: Any, info: GraphInfo, given: Sequence[Any], told: Seque
     return made
 
 
-def block_matmul(ov: Any, factory: Any) -> Any:
+def block_matmul(ov: Any, factory: Any, library: Library | None) -> Any:
     """``d2sd::BlockMatMul``.
 
     Args:
-        factory: of the project's own operators; None: OpenVINO's.
+        factory, library: of the project's own operators; None: OpenVINO's.
     """
     import openvino.opset13 as op
     from openvino.frontend.onnx import ConversionExtension
@@ -147,7 +154,8 @@ def block_matmul(ov: Any, factory: Any) -> Any:
         x, *tensors = (node.get_input(i) for i in range(node.get_input_size()))
         given = iter(tensors)
         matrices = [[next(given) for _ in range(count)] for count in node.get_attribute("tensors")]
-        packed = [_packed(ov, *matrix) if factory is not None else None for matrix in matrices]
+        lanes = library and library.instructions.lanes
+        packed = [_packed(ov, lanes, *matrix) if lanes else None for matrix in matrices]
         forms = {(each.bits, each.block, each.half) if each else None for each in packed}
         if len(forms) == 1 and None not in forms:
             return _in_one(op, factory, x, packed)
@@ -159,14 +167,14 @@ def block_matmul(ov: Any, factory: Any) -> Any:
     return ConversionExtension("BlockMatMul", "d2sd", convert)
 
 
-def _packed(ov: Any, codes: Any, *numbers: Any) -> Packed | None:
+def _packed(ov: Any, lanes: int, codes: Any, *numbers: Any) -> Packed | None:
     if not numbers:
         maker = codes.get_node()
         turned = maker.get_type_name() == "Transpose"
         values = (maker.input_value(0).get_node() if turned else maker).data
-        return pack_floats(values.T if turned else values)
+        return pack_floats(values.T if turned else values, lanes=lanes)
     bits = 4 if codes.get_element_type() == ov.Type.i4 else 8
-    return pack(_codes(ov, codes), *(each.get_node().data for each in numbers), bits=bits)
+    return pack(_codes(ov, codes), *(each.get_node().data for each in numbers), bits=bits, lanes=lanes)
 
 
 def _in_one(op: Any, factory: Any, x: Any, matrices: Sequence[Any]) -> list[Any]:
@@ -203,13 +211,13 @@ def _in_own_operators(op: Any, x: Any, codes: Any, scales: Any = None, minima: A
         return op.reshape(matrix, constant([groups, rows, columns]), False)
 
     real = op.convert(blocks(codes, size), "f32")
-    if minima is not None and not any(map(has, WIDE)):
+    if minima is not None and not any(map(has, MULTIPLIES_BYTES)):
         values, factors = minima.get_node().data, scales.get_node().data
         zero = np.divide(-values, factors, out=np.zeros_like(values), where=factors != 0)
         real = op.subtract(real, op.constant(zero[:, None]))
     weights = op.reshape(op.multiply(real, blocks(scales, 1)), constant([depth, columns]), False)
     product = op.matmul(x, weights, False, False)
-    if minima is None or not any(map(has, WIDE)):
+    if minima is None or not any(map(has, MULTIPLIES_BYTES)):
         return product.output(0)
     sums = op.reduce_sum(op.reshape(x, constant([0, 0, groups, size]), True), constant([-1]))
     return op.add(product, op.matmul(sums, minima, False, False)).output(0)

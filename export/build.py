@@ -129,7 +129,8 @@ def _add_operators(place: Path) -> None:
 
     with replacing(place) as partial:
         try:
-            shutil.copy(library.compiled(cache_directory() / "operators"), partial)
+            for file in library.compiled(cache_directory() / "operators"):
+                shutil.copy(file, partial)
         except library.CompileError as error:
             print(f"operators: {error}", flush=True)
 

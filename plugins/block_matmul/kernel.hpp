@@ -1,9 +1,9 @@
-// Rows times a matrix whose weights stay in blocks of 4- or 8-bit codes, or of floats, for x86 with AVX2. Layout of the matrix:
-// packed.py.
+// Rows times a matrix whose weights stay in blocks of 4- or 8-bit codes, or of floats, for x86 (openvino/vectors.hpp). Layout of
+// the matrix: packed.py.
 //
 // In front of codes a row is rounded to 8 bits in groups of 32, each with a scale of its own, as llama.cpp does in front of the
-// same blocks (Q8_1): products of codes are then exact in integers, and an instruction makes 32 of them instead of 8. Each row's
-// result is the same to the bit whatever rows are beside it.
+// same blocks (Q8_1): products of codes are then exact in integers, and an instruction makes 32 or 64 of them instead of 8 or 16.
+// Each row's result is the same to the bit whatever rows are beside it, and whatever the instructions are.
 #pragma once
 
 #include <tbb/blocked_range.h>
@@ -17,13 +17,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "../openvino/avx2.hpp"
+#include "../openvino/vectors.hpp"
 
 namespace d2sd {
 
-constexpr size_t GROUP = 32;  // of a row's values that share a scale
-constexpr size_t TILES = 4;   // registers of columns that rows, as many as a form's ROWS, are multiplied with at once
-constexpr size_t LINE = 64;   // bytes that are fetched at once
+constexpr size_t GROUP = 32;               // of a row's values that share a scale
+constexpr size_t COLUMNS = 32;             // that rows, as many as a form's ROWS, are multiplied with at once
+constexpr size_t TILES = COLUMNS / LANES;  // registers of them
+constexpr size_t LINE = 64;                // bytes that are fetched at once
 
 // A matrix, and where the product with it goes: y[rows, columns].
 struct Matrix {
@@ -31,7 +32,7 @@ struct Matrix {
     size_t columns;
     float* y;
 
-    size_t parts() const { return (columns + TILES * LANES - 1) / (TILES * LANES); }
+    size_t parts() const { return (columns + COLUMNS - 1) / COLUMNS; }
 };
 
 // Rows as they are multiplied, and what a product of theirs needs beside them.
@@ -41,24 +42,24 @@ struct Rows {
     const float *scales, *sums;
 };
 
-AVX2 __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
+INLINE __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
 
-AVX2 void store(int16_t* to, __m256i first, __m256i second) {
+INLINE void store(int16_t* to, __m256i first, __m256i second) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), first);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), second);
 }
 
-AVX2 void store(int8_t* to, __m256i first, __m256i second) {
+INLINE void store(int8_t* to, __m256i first, __m256i second) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(_mm256_packs_epi16(first, second)));
 }
 
 // One group: codes = round(x · 127 / max|x|), to even.
 template <typename Code>
-AVX2 void round_group(const float* x, Code* codes, float* scale, float* sum) {
+INLINE void round_group(const float* x, Code* codes, float* scale, float* sum) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 values[4], most = _mm256_setzero_ps();
     for (int i = 0; i < 4; i++) {
-        values[i] = _mm256_loadu_ps(x + LANES * i);
+        values[i] = _mm256_loadu_ps(x + 8 * i);
         most = _mm256_max_ps(most, _mm256_andnot_ps(sign, values[i]));
     }
     const float peak = largest(most);
@@ -74,7 +75,7 @@ AVX2 void round_group(const float* x, Code* codes, float* scale, float* sum) {
 }
 
 template <typename Code>
-AVX2_TARGET inline void round_row(const float* x, size_t depth, Code* codes, float* scales, float* sums) {
+inline void round_row(const float* x, size_t depth, Code* codes, float* scales, float* sums) {
     for (size_t group = 0; group < depth / GROUP; group++)
         round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
 }
@@ -104,134 +105,126 @@ private:
     std::unique_ptr<float[]> scales, sums;  // a group's sum, of the rounded values
 };
 
-AVX2 __m256i repeated(const void* four_bytes) {
+INLINE Integers repeated(const void* four_bytes) {
     int bytes;
     std::memcpy(&bytes, four_bytes, 4);
-    return _mm256_set1_epi32(bytes);
+    return all_integers(bytes);
 }
 
 template <bool Half>
-AVX2 __m256 numbers_of(const uint8_t* at) {
+INLINE Reals numbers_of(const uint8_t* at) {
     if constexpr (Half)
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+        return halves(at);
     else
-        return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+        return load(reinterpret_cast<const float*>(at));
 }
 
-AVX2 void put(__m256 values, float* to, size_t columns) {
+INLINE void put(Reals values, float* to, size_t columns) {
     if (columns >= LANES) {
-        _mm256_storeu_ps(to, values);
+        store(to, values);
     } else {
-        float all[LANES];
-        _mm256_storeu_ps(all, values);
-        std::memcpy(to, all, columns * sizeof(float));
+        float some[LANES];
+        store(some, values);
+        std::memcpy(to, some, columns * sizeof(float));
     }
 }
 
-// A block of 4-bit codes, 0 to 15, of 8 columns: 128 bytes; 8 scales; 8 minima. Sums of 8 products fit 16 bits (8·2·15·127).
+// A block of 4-bit codes, 0 to 15, of a register's columns; their scales; their minima.
 template <size_t Block, bool Half>
 struct FourBits {
     using Code = int8_t;
-    static constexpr size_t WIDTH = Half ? 16 : 32, BYTES = 128 + 2 * WIDTH, ROWS = 4;
+    static constexpr size_t CODES = LANES * Block / 2, WIDTH = LANES * (Half ? 2 : 4), BYTES = CODES + 2 * WIDTH, ROWS = 4;
 
     template <size_t R>
-    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float* sums,
-                         __m256 (&out)[R][TILES]) {
-        const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-        __m256i part[R][TILES];
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float* sums,
+                           Reals (&out)[R][TILES]) {
+        Integers part[R][TILES];
         for (int g = 0; g < 4; g++) {
-            __m256i first[TILES], second[TILES];
+            Integers first[TILES], second[TILES];
             for (size_t t = 0; t < TILES; t++) {
-                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[t] + 32 * g));
-                first[t] = _mm256_and_si256(both, low);
-                second[t] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                const Integers both = bytes(w[t] + 4 * LANES * g);
+                first[t] = low_bits(both);
+                second[t] = high_bits(both);
             }
             for (size_t r = 0; r < R; r++) {
-                const __m256i a = repeated(x + r * depth + 4 * g), b = repeated(x + r * depth + 16 + 4 * g);
-                for (size_t t = 0; t < TILES; t++) {
-                    const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(first[t], a), _mm256_maddubs_epi16(second[t], b));
-                    part[r][t] = g ? _mm256_add_epi16(part[r][t], sum) : sum;
-                }
+                const Integers a = repeated(x + r * depth + 4 * g), b = repeated(x + r * depth + 16 + 4 * g);
+                for (size_t t = 0; t < TILES; t++)
+                    part[r][t] = dot_bytes(dot_bytes(g ? part[r][t] : no_integers(), first[t], a), second[t], b);
             }
         }
         const size_t groups = depth / GROUP;
         for (size_t t = 0; t < TILES; t++) {
-            const __m256 scale = numbers_of<Half>(w[t] + 128), minimum = numbers_of<Half>(w[t] + 128 + WIDTH);
+            const Reals scale = numbers_of<Half>(w[t] + CODES), minimum = numbers_of<Half>(w[t] + CODES + WIDTH);
             for (size_t r = 0; r < R; r++) {
-                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(part[r][t], ones)), scale);
-                out[r][t] = _mm256_fmadd_ps(product, _mm256_set1_ps(scales[r * groups]), out[r][t]);
-                out[r][t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sums[r * groups]), out[r][t]);
+                out[r][t] = multiply_add(real(of_dots(part[r][t])) * scale, all(scales[r * groups]), out[r][t]);
+                out[r][t] = multiply_add(minimum, all(sums[r * groups]), out[r][t]);
             }
         }
     }
 };
 
-// A block of 8-bit codes of 8 columns: 8 · Block bytes, two of a column beside each other; 8 scales.
+// A block of 8-bit codes of a register's columns, two of a column beside each other; their scales.
 template <size_t Block, bool Half>
 struct EightBits {
     using Code = int16_t;
-    static constexpr size_t BYTES = LANES * Block + (Half ? 16 : 32), ROWS = 4;
+    static constexpr size_t BYTES = LANES * (Block + (Half ? 2 : 4)), ROWS = 4;
 
     template <size_t R>
-    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
-                         __m256 (&out)[R][TILES]) {
-        __m256i part[R][TILES];
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
+                           Reals (&out)[R][TILES]) {
+        Integers part[R][TILES];
         for (size_t pair = 0; pair < Block / 2; pair += 2) {
-            __m256i first[TILES], second[TILES];
+            Integers first[TILES], second[TILES];
             for (size_t t = 0; t < TILES; t++) {
-                first[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair)));
-                second[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[t] + 16 * pair + 16)));
+                first[t] = words(w[t] + 2 * LANES * pair);
+                second[t] = words(w[t] + 2 * LANES * pair + 2 * LANES);
             }
             for (size_t r = 0; r < R; r++) {
-                const __m256i a = repeated(x + r * depth + 2 * pair), b = repeated(x + r * depth + 2 * pair + 2);
-                for (size_t t = 0; t < TILES; t++) {
-                    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(first[t], a), _mm256_madd_epi16(second[t], b));
-                    part[r][t] = pair ? _mm256_add_epi32(part[r][t], sum) : sum;
-                }
+                const Integers a = repeated(x + r * depth + 2 * pair), b = repeated(x + r * depth + 2 * pair + 2);
+                for (size_t t = 0; t < TILES; t++)
+                    part[r][t] = dot_words(dot_words(pair ? part[r][t] : no_integers(), first[t], a), second[t], b);
             }
         }
         for (size_t t = 0; t < TILES; t++) {
-            const __m256 scale = numbers_of<Half>(w[t] + LANES * Block);
-            for (size_t r = 0; r < R; r++) {
-                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(part[r][t]), scale);
-                out[r][t] = _mm256_fmadd_ps(product, _mm256_set1_ps(scales[r * (depth / GROUP)]), out[r][t]);
-            }
+            const Reals scale = numbers_of<Half>(w[t] + LANES * Block);
+            for (size_t r = 0; r < R; r++)
+                out[r][t] = multiply_add(real(part[r][t]) * scale, all(scales[r * (depth / GROUP)]), out[r][t]);
         }
     }
 };
 
-// A block of floats of 8 columns.
+// A block of floats of a register's columns.
 template <size_t Block, bool>
 struct Floats {
     using Code = float;
-    static constexpr size_t BYTES = LANES * Block * sizeof(float), ROWS = 3;  // whose sums leave registers for what is read
+    static constexpr size_t BYTES = LANES * Block * sizeof(float);
+    static constexpr size_t ROWS = TILES == 2 ? 4 : 3;  // whose sums leave registers for what is read
 
     template <size_t R>
-    static AVX2 void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float*, const float*,
-                         __m256 (&out)[R][TILES]) {
-        __m256 sums[R][TILES];  // of its own, or GCC writes them to memory in every step
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float*, const float*,
+                           Reals (&out)[R][TILES]) {
+        Reals sums[R][TILES];  // of its own, or GCC writes them to memory in every step
         std::memcpy(sums, out, sizeof(sums));
         for (size_t k = 0; k < Block; k++) {
-            __m256 one[R];
-            for (size_t r = 0; r < R; r++) one[r] = _mm256_broadcast_ss(x + r * depth + k);
+            Reals one[R];
+            for (size_t r = 0; r < R; r++) one[r] = all(x[r * depth + k]);
             for (size_t t = 0; t < TILES; t++) {
-                const __m256 weights = _mm256_loadu_ps(reinterpret_cast<const float*>(w[t]) + k * LANES);
-                for (size_t r = 0; r < R; r++) sums[r][t] = _mm256_fmadd_ps(weights, one[r], sums[r][t]);
+                const Reals weights = load(reinterpret_cast<const float*>(w[t]) + k * LANES);
+                for (size_t r = 0; r < R; r++) sums[r][t] = multiply_add(weights, one[r], sums[r][t]);
             }
         }
         std::memcpy(out, sums, sizeof(sums));
     }
 };
 
-// R rows by TILES · 8 columns. Each of the groups of rows that are multiplied with these columns fetches a part of the next
-// columns' weights: memory alone would be waited for as long again as some rows take.
+// R rows by COLUMNS. Each of the groups of rows that are multiplied with these columns fetches a part of the next columns'
+// weights: memory alone would be waited for as long again as some rows take.
 template <typename Form, size_t Block, size_t R>
-AVX2_TARGET void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth, size_t row, size_t column,
-                      size_t shares) {
+void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth, size_t row, size_t column, size_t shares) {
     const size_t blocks = depth / Block, groups = depth / GROUP;
-    __m256 out[R][TILES];
+    Reals out[R][TILES];
     for (auto& sums : out)
-        for (auto& sum : sums) sum = _mm256_setzero_ps();
+        for (auto& sum : sums) sum = zeros();
     const uint8_t* w[TILES];
     for (size_t t = 0; t < TILES; t++) w[t] = matrix.packed + (column / LANES + t) * blocks * Form::BYTES;
     const size_t share = TILES * Form::BYTES / shares;
@@ -257,7 +250,7 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, size_t depth
     tbb::parallel_for(size_t{0}, parts, [&](size_t part) {
         auto matrix = matrices.begin();
         for (; part >= matrix->parts(); matrix++) part -= matrix->parts();
-        const size_t column = part * TILES * LANES, shares = (rows + Form::ROWS - 1) / Form::ROWS;
+        const size_t column = part * COLUMNS, shares = (rows + Form::ROWS - 1) / Form::ROWS;
         size_t row = 0;
         for (; row + Form::ROWS <= rows; row += Form::ROWS)
             tile<Form, Block, Form::ROWS>(*matrix, x, depth, row, column, shares);

@@ -1,4 +1,4 @@
-// The operator over a pool of blocks, for x86 with AVX2: what a row sees of its sequence's past, and of the call's own rows.
+// The operator over a pool of blocks, for x86: what a row sees of its sequence's past, and of the call's own rows.
 // Bindings: export/paged_graph.py.
 //
 // Each (sequence, KV head) is walked block by block with the query rows of all heads that share it: once over keys, for scores and
@@ -17,10 +17,11 @@
 #include <limits>
 #include <vector>
 
-#include "../openvino/avx2.hpp"
+#include "../openvino/vectors.hpp"
 
 namespace d2sd {
 
+constexpr size_t FLOATS = 8;  // in a register
 constexpr size_t KEYS = 32;    // of a block
 constexpr size_t QUERIES = 8;  // rows that walk a block together, at most
 constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
@@ -45,7 +46,7 @@ struct Attention {
 };
 
 // exp, for x up to 0, to 2e-7: 2^n times a polynomial on half an octave (coefficients: Cephes' expf).
-AVX2 __m256 exponential(__m256 x) {
+INLINE __m256 exponential(__m256 x) {
     x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
@@ -59,27 +60,27 @@ AVX2 __m256 exponential(__m256 x) {
 }
 
 // Sums of eight registers, in one.
-AVX2 __m256 sums(const __m256 (&x)[8]) {
+INLINE __m256 sums(const __m256 (&x)[8]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
 // Eight numbers, in a register: GCC would read them from memory again for every use.
-AVX2 __m256 held(const float* at) {
+INLINE __m256 held(const float* at) {
     __m256 values = _mm256_loadu_ps(at);
     asm("" : "+x"(values));
     return values;
 }
 
 // Scores of a query with the 32 keys of a block.
-AVX2 void score(const float* q, const float* keys, size_t dim, float* scores) {
-    for (size_t group = 0; group < KEYS; group += LANES) {
-        __m256 products[LANES];
+INLINE void score(const float* q, const float* keys, size_t dim, float* scores) {
+    for (size_t group = 0; group < KEYS; group += FLOATS) {
+        __m256 products[FLOATS];
         for (auto& product : products) product = _mm256_setzero_ps();
-        for (size_t d = 0; d < dim; d += LANES) {
+        for (size_t d = 0; d < dim; d += FLOATS) {
             const __m256 part = _mm256_loadu_ps(q + d);
-            for (size_t key = 0; key < LANES; key++)
+            for (size_t key = 0; key < FLOATS; key++)
                 products[key] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (group + key) * dim + d), products[key]);
         }
         _mm256_storeu_ps(scores + group, sums(products));
@@ -87,16 +88,16 @@ AVX2 void score(const float* q, const float* keys, size_t dim, float* scores) {
 }
 
 // Of two queries: a key that is read once is multiplied twice. Each score is added up as if its query were alone.
-AVX2 void score(const float* q, const float* keys, size_t dim, float* scores, float* others) {
-    for (size_t group = 0; group < KEYS; group += LANES / 2) {
-        __m256 products[LANES];  // of the first query with four keys, and of the second
+INLINE void score(const float* q, const float* keys, size_t dim, float* scores, float* others) {
+    for (size_t group = 0; group < KEYS; group += FLOATS / 2) {
+        __m256 products[FLOATS];  // of the first query with four keys, and of the second
         for (auto& product : products) product = _mm256_setzero_ps();
-        for (size_t d = 0; d < dim; d += LANES) {
+        for (size_t d = 0; d < dim; d += FLOATS) {
             const __m256 part = _mm256_loadu_ps(q + d), other = _mm256_loadu_ps(q + dim + d);
-            for (size_t key = 0; key < LANES / 2; key++) {
+            for (size_t key = 0; key < FLOATS / 2; key++) {
                 const __m256 own = held(keys + (group + key) * dim + d);
                 products[key] = _mm256_fmadd_ps(part, own, products[key]);
-                products[LANES / 2 + key] = _mm256_fmadd_ps(other, own, products[LANES / 2 + key]);
+                products[FLOATS / 2 + key] = _mm256_fmadd_ps(other, own, products[FLOATS / 2 + key]);
             }
         }
         const __m256 both = sums(products);
@@ -107,27 +108,27 @@ AVX2 void score(const float* q, const float* keys, size_t dim, float* scores, fl
 
 // out += weights · values of a block's keys, for Registers · 8 of the dimensions, of Count queries.
 template <size_t Count, size_t Registers>
-AVX2 void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
+INLINE void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
     __m256 total[Count][Registers];
     for (size_t i = 0; i < Count; i++)
-        for (size_t r = 0; r < Registers; r++) total[i][r] = _mm256_loadu_ps(out[i] + d + r * LANES);
+        for (size_t r = 0; r < Registers; r++) total[i][r] = _mm256_loadu_ps(out[i] + d + r * FLOATS);
     for (size_t key = 0; key < keys; key++) {
         __m256 weight[Count];
         for (size_t i = 0; i < Count; i++) weight[i] = _mm256_set1_ps(weights[i][key]);
         for (size_t r = 0; r < Registers; r++) {
-            const __m256 value = held(values + key * dim + d + r * LANES);
+            const __m256 value = held(values + key * dim + d + r * FLOATS);
             for (size_t i = 0; i < Count; i++) total[i][r] = _mm256_fmadd_ps(weight[i], value, total[i][r]);
         }
     }
     for (size_t i = 0; i < Count; i++)
-        for (size_t r = 0; r < Registers; r++) _mm256_storeu_ps(out[i] + d + r * LANES, total[i][r]);
+        for (size_t r = 0; r < Registers; r++) _mm256_storeu_ps(out[i] + d + r * FLOATS, total[i][r]);
 }
 
 template <size_t Count, size_t Registers>
-AVX2 void gather_all(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out) {
+INLINE void gather_all(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out) {
     size_t d = 0;
-    for (; d + Registers * LANES <= dim; d += Registers * LANES) gather<Count, Registers>(weights, values, dim, keys, out, d);
-    for (; d < dim; d += LANES) gather<Count, 1>(weights, values, dim, keys, out, d);
+    for (; d + Registers * FLOATS <= dim; d += Registers * FLOATS) gather<Count, Registers>(weights, values, dim, keys, out, d);
+    for (; d < dim; d += FLOATS) gather<Count, 1>(weights, values, dim, keys, out, d);
 }
 
 // What rows of a sequence ask of a KV head, with all query heads that share it.
@@ -140,7 +141,7 @@ struct Work {
     size_t head(size_t i) const { return (first + i) / asking->size(); }
 };
 
-AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
+inline void attend(const Attention& a, const Work& work) {
     const size_t sequence = work.sequence, kv_head = work.kv_head, count = work.count;
     const size_t n = a.rows(sequence), group = a.heads / a.kv_heads, dim = a.dim;
     const size_t past = a.lengths[sequence], begin = a.begins[sequence];
@@ -174,7 +175,7 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
                 for (size_t key = 0; key < KEYS; key++)
                     if (start + key >= past && (start + key >= seen || !sees[start + key - past])) scores[key] = NEVER;
             }
-            for (size_t g = 0; g < KEYS; g += LANES) most[i] = _mm256_max_ps(most[i], _mm256_loadu_ps(scores + g));
+            for (size_t g = 0; g < KEYS; g += FLOATS) most[i] = _mm256_max_ps(most[i], _mm256_loadu_ps(scores + g));
         }
     }
     float highest[QUERIES];
@@ -186,7 +187,7 @@ AVX2_TARGET inline void attend(const Attention& a, const Work& work) {
         alignas(32) float weights[QUERIES][KEYS];
         for (size_t i = 0; i < count; i++) {
             __m256i units = _mm256_setzero_si256();
-            for (size_t g = 0; g < KEYS; g += LANES) {
+            for (size_t g = 0; g < KEYS; g += FLOATS) {
                 const __m256 scores = _mm256_loadu_ps(&all[i * width + start + g]);
                 const __m256 sees = _mm256_cmp_ps(scores, _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
                 const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores, _mm256_set1_ps(highest[i]))), sees);

@@ -4,25 +4,14 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as op
 import pytest
-from openvino.utils.node_factory import NodeFactory
 
-from engines import cpu, openvino_operators
-from export.checkpoints import cache_directory
+from engines import openvino_operators
 from plugins.block_matmul import packed, reference
 from plugins.openvino import library
 
 FORMS = [(4, 32), (8, 32), (8, 16)]
 SIZES = [(32, 1), (96, 41), (576, 192)]  # K, N
 ROWS = [1, 2, 3, 4, 5, 8, 33]
-
-
-@pytest.fixture(scope="module")
-def factory():
-    if not cpu.has(*openvino_operators.KERNELS):
-        pytest.skip("the kernel is for CPUs with AVX2")
-    made = NodeFactory()
-    made.add_extension(library.compiled(cache_directory() / "operators"))
-    return made
 
 
 def matrix(rng, bits, block, depth, columns, minima=False, half=True):
@@ -34,10 +23,10 @@ def matrix(rng, bits, block, depth, columns, minima=False, half=True):
     return codes.astype(np.int8), scales, least
 
 
-def product(factory, matrices, bits):
+def product(factory, lanes, matrices, bits):
     """The operator, compiled over matrices; x ``[1, R, K]``."""
     x = op.parameter([1, -1, len(matrices[0][0])], np.float32)
-    all_packed = [packed.pack(*each, bits=bits) for each in matrices]
+    all_packed = [packed.pack(*each, bits=bits, lanes=lanes) for each in matrices]
     model = ov.Model(openvino_operators._in_one(op, factory, x, all_packed), [x])
     request = ov.Core().compile_model(model, "CPU").create_infer_request()
     return lambda rows: [request.infer([rows[None]])[i][0] for i in range(len(matrices))]
@@ -46,15 +35,15 @@ def product(factory, matrices, bits):
 @pytest.mark.parametrize("half", [True, False], ids=["f16", "f32"])
 @pytest.mark.parametrize("minima", [False, True], ids=["", "minima"])
 @pytest.mark.parametrize(("bits", "block"), FORMS)
-def test_the_operator_is_its_reference(factory, bits, block, minima, half):
+def test_the_operator_is_its_reference(factory, instructions, bits, block, minima, half):
     rng = np.random.default_rng(bits + block)
     for depth, columns in SIZES:
         one = matrix(rng, bits, block, depth, columns, minima, half)
         if bits == 8 and minima:
-            assert packed.pack(*one, bits=bits) is None, "no type has them"
+            assert packed.pack(*one, bits=bits, lanes=8) is None, "no type has them"
             continue
-        assert packed.pack(*one, bits=bits).half == half
-        run = product(factory, [one], bits)
+        assert packed.pack(*one, bits=bits, lanes=8).half == half
+        run = product(factory, instructions.lanes, [one], bits)
         for rows in ROWS:
             x = rng.normal(size=(rows, depth)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, (rows, 1))
             x = x.astype(np.float32)
@@ -64,22 +53,24 @@ def test_the_operator_is_its_reference(factory, bits, block, minima, half):
 
 
 @pytest.mark.parametrize(("bits", "block"), FORMS)
-def test_a_row_is_the_same_beside_any_others(factory, bits, block):
+def test_a_row_is_the_same_beside_any_others(factory, instructions, bits, block):
     rng = np.random.default_rng(1)
-    run = product(factory, [matrix(rng, bits, block, 192, 70)], bits)
+    run = product(factory, instructions.lanes, [matrix(rng, bits, block, 192, 70)], bits)
     rows = rng.normal(size=(37, 192)).astype(np.float32)
     whole = run(rows)[0].copy()
     for start, count in ((0, 1), (3, 2), (10, 7), (36, 1)):
         np.testing.assert_array_equal(run(rows[start : start + count])[0], whole[start : start + count])
 
 
-def test_floats(factory):
+def test_floats(factory, instructions):
     """No row is rounded, and each is the same beside any others."""
     rng = np.random.default_rng(4)
     for depth, columns in SIZES:
         weights = rng.normal(size=(depth, columns)).astype(np.float32)
         x = op.parameter([1, -1, depth], np.float32)
-        made = openvino_operators._in_one(op, factory, x, [packed.pack_floats(weights), packed.pack_floats(-weights)])
+        made = openvino_operators._in_one(
+            op, factory, x, [packed.pack_floats(each, lanes=instructions.lanes) for each in (weights, -weights)]
+        )
         request = ov.Core().compile_model(ov.Model(made, [x]), "CPU").create_infer_request()
         rows = rng.normal(size=(max(ROWS), depth)).astype(np.float32)
         whole = request.infer([rows[None]])[0][0].copy()
@@ -88,7 +79,7 @@ def test_floats(factory):
             found = request.infer([rows[None, :n]])
             np.testing.assert_array_equal(found[0][0], whole[:n])
             np.testing.assert_array_equal(found[1][0], -whole[:n])
-    assert packed.pack_floats(np.zeros((33, 8), np.float32)) is None, "blocks are of 32"
+    assert packed.pack_floats(np.zeros((33, 8), np.float32), lanes=8) is None, "blocks are of 32"
 
 
 def test_floats_that_a_graph_turns():
@@ -96,28 +87,28 @@ def test_floats_that_a_graph_turns():
     rng = np.random.default_rng(5)
     weights = rng.normal(size=(41, 64)).astype(np.float32)
     turned = op.transpose(op.constant(weights), op.constant(np.array([1, 0])))
-    assert np.array_equal(openvino_operators._packed(ov, turned.output(0)).data, packed.pack_floats(weights.T).data)
+    assert np.array_equal(openvino_operators._packed(ov, 8, turned.output(0)).data, packed.pack_floats(weights.T, lanes=8).data)
     x, rows = op.parameter([1, -1, 64], np.float32), rng.normal(size=(1, 5, 64)).astype(np.float32)
     made = openvino_operators._in_own_operators(op, x, turned.output(0))
     (given,) = ov.Core().compile_model(ov.Model([made], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([rows]).values()
     np.testing.assert_allclose(given, rows @ weights.T, atol=1e-4)
 
 
-def test_matrices_that_share_rows(factory):
+def test_matrices_that_share_rows(factory, instructions):
     rng = np.random.default_rng(2)
     matrices = [matrix(rng, 4, 32, 64, columns, minima=True) for columns in (33, 1, 64)]
     x = rng.normal(size=(5, 64)).astype(np.float32)
-    for given, expected in zip(product(factory, matrices, 4)(x), matrices, strict=True):
+    for given, expected in zip(product(factory, instructions.lanes, matrices, 4)(x), matrices, strict=True):
         np.testing.assert_allclose(given, reference.block_matmul(x, *expected), atol=1e-3)
 
 
-def test_the_largest_codes_and_no_values_at_all(factory):
+def test_the_largest_codes_and_no_values_at_all(factory, instructions):
     """Sixteen bits hold the sums that they must, and a group of zeros has no scale to divide by."""
     codes, ones = np.full((64, 8), 7, np.int8), np.ones((2, 8), np.float32)
-    run = product(factory, [(codes, ones, 8 * ones)], 4)
+    run = product(factory, instructions.lanes, [(codes, ones, 8 * ones)], 4)
     x = np.stack([np.full(64, 3.0), np.full(64, -3.0), np.zeros(64)]).astype(np.float32)
     np.testing.assert_allclose(run(x)[0], reference.block_matmul(x, codes, ones, 8 * ones), rtol=1e-6)
-    eight = product(factory, [(np.full((64, 8), -128, np.int8), ones, None)], 8)
+    eight = product(factory, instructions.lanes, [(np.full((64, 8), -128, np.int8), ones, None)], 8)
     np.testing.assert_allclose(eight(x)[0], reference.block_matmul(x, np.full((64, 8), -128), ones, None), rtol=1e-6)
 
 
@@ -156,15 +147,35 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_instructions_give_the_same_to_the_bit(compiled, bits):
+    """Products of codes are exact, and what they are multiplied with comes in one order: answers do not depend on the CPU."""
+    rng = np.random.default_rng(6)
+    one, x = matrix(rng, bits, 32, 192, 70, minima=bits == 4), rng.normal(size=(7, 192)).astype(np.float32)
+    first, *others = (product(compiled(each), each.lanes, [one], bits)(x)[0].copy() for each in library.ALL)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
 def test_a_library_of_another_machine_is_left_alone(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(openvino_operators, "has", lambda *features: "avx2" in features)
-    broken = tmp_path / "operators.so"
-    assert not openvino_operators.usable(broken)
-    assert capsys.readouterr().out == "", "a build without any has said so itself"
+    cpus = {
+        "old": (),
+        "avx2": library.AVX2.needs,
+        "vnni alone": (*library.AVX2.needs, "avx_vnni"),
+        "server": library.AVX512.needs,
+    }
+    for kind, features in cpus.items():
+        monkeypatch.setattr(openvino_operators, "has", lambda *asked, features=features: set(asked) <= set(features))
+        assert openvino_operators.usable(tmp_path) is None, kind
+        assert capsys.readouterr().out == "", "a build without any has said so itself"
+        (tmp_path / "of-another-version.so").touch()
+        assert openvino_operators.usable(tmp_path) is None
+        said = f"operators: those in {tmp_path} are of another version; OpenVINO's own serve"
+        assert capsys.readouterr().out.startswith(said) == (kind in ("avx2", "server"))
+        (tmp_path / "of-another-version.so").unlink()
+    broken = tmp_path / library.name(library.AVX512)
     broken.write_bytes(b"no library")
-    assert not openvino_operators.usable(broken)
+    assert openvino_operators.usable(tmp_path) is None
     said = capsys.readouterr().out
     assert said.startswith(f"operators: {broken}: ")
     assert said.endswith("OpenVINO's own serve, at half the speed, until the build is made again here\n")
-    assert not openvino_operators.usable(tmp_path / "newer.so")
-    assert capsys.readouterr().out.startswith(f"operators: those in {tmp_path} are of another version; OpenVINO's own serve")

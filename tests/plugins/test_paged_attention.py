@@ -6,21 +6,8 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as op
 import pytest
-from openvino.utils.node_factory import NodeFactory
 
-from engines import cpu, openvino_operators
 from engines.paged import BLOCK
-from export.checkpoints import cache_directory
-from plugins.openvino import library
-
-pytestmark = pytest.mark.skipif(not cpu.has(*openvino_operators.KERNELS), reason="the kernel is for CPUs with AVX2")
-
-
-@pytest.fixture(scope="module")
-def factory():
-    made = NodeFactory()
-    made.add_extension(library.compiled(cache_directory() / "operators"))
-    return made
 
 
 def operator(factory, heads, kv_heads, dim, scale):

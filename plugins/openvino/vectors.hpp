@@ -1,0 +1,76 @@
+// Registers of the instructions that this is compiled for, AVX-512 with VNNI or AVX2 (library.py), and what is done with them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define INLINE __attribute__((always_inline)) inline  // or sums leave their registers for a call
+
+namespace d2sd {
+
+INLINE float largest(__m256 x) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+INLINE int total(__m256i x) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
+}
+
+#ifdef __AVX512VNNI__
+
+constexpr size_t LANES = 16;  // floats in a register
+
+using Reals = __m512;
+using Integers = __m512i;
+
+INLINE Reals zeros() { return _mm512_setzero_ps(); }
+INLINE Reals all(float x) { return _mm512_set1_ps(x); }
+INLINE Reals load(const float* at) { return _mm512_loadu_ps(at); }
+INLINE void store(float* to, Reals x) { _mm512_storeu_ps(to, x); }
+INLINE Reals halves(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm512_fmadd_ps(a, b, sum); }
+INLINE Reals real(Integers x) { return _mm512_cvtepi32_ps(x); }
+INLINE Integers no_integers() { return _mm512_setzero_si512(); }
+INLINE Integers bytes(const uint8_t* at) { return _mm512_loadu_si512(at); }
+INLINE Integers words(const uint8_t* at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+INLINE Integers all_integers(int x) { return _mm512_set1_epi32(x); }
+INLINE Integers low_bits(Integers x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+INLINE Integers high_bits(Integers x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+// Sums of products of 4-bit codes with bytes: here in 32 bits; with AVX2 in 16, which hold those of a block (16·15·127).
+INLINE Integers dot_bytes(Integers sum, Integers a, Integers b) { return _mm512_dpbusd_epi32(sum, a, b); }
+INLINE Integers of_dots(Integers sum) { return sum; }
+INLINE Integers dot_words(Integers sum, Integers a, Integers b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+#else
+
+constexpr size_t LANES = 8;
+
+using Reals = __m256;
+using Integers = __m256i;
+
+INLINE Reals zeros() { return _mm256_setzero_ps(); }
+INLINE Reals all(float x) { return _mm256_set1_ps(x); }
+INLINE Reals load(const float* at) { return _mm256_loadu_ps(at); }
+INLINE void store(float* to, Reals x) { _mm256_storeu_ps(to, x); }
+INLINE Reals halves(const uint8_t* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm256_fmadd_ps(a, b, sum); }
+INLINE Reals real(Integers x) { return _mm256_cvtepi32_ps(x); }
+INLINE Integers no_integers() { return _mm256_setzero_si256(); }
+INLINE Integers bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+INLINE Integers words(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+INLINE Integers all_integers(int x) { return _mm256_set1_epi32(x); }
+INLINE Integers low_bits(Integers x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+INLINE Integers high_bits(Integers x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+INLINE Integers dot_bytes(Integers sum, Integers a, Integers b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
+INLINE Integers of_dots(Integers sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+INLINE Integers dot_words(Integers sum, Integers a, Integers b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+#endif
+
+}  // namespace d2sd
