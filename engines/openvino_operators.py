@@ -19,7 +19,6 @@ from plugins.openvino import library as libraries
 from plugins.openvino.library import Library
 
 MULTIPLIES_BYTES = ("avx512_vnni", "avx_vnni")  # OpenVINO then rounds rows to 8 bits itself
-FLOATS = 8  # that our attention's registers hold
 
 
 def usable(folder: Path) -> Library | None:
@@ -63,7 +62,7 @@ def extensions(ov: Any, info: GraphInfo, precision: str, library: Library | None
 
 def attends(info: GraphInfo, precision: str, library: Library | None) -> bool:
     """Whether attention is the project's own operator, too: it has floats, in whole registers."""
-    return library is not None and precision == "f32" and info.head_dim % FLOATS == 0
+    return library is not None and precision == "f32" and info.head_dim % library.instructions.lanes == 0
 
 
 def attention(ov: Any, info: GraphInfo, factory: Any) -> Any:

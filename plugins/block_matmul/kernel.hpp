@@ -24,7 +24,6 @@ namespace d2sd {
 constexpr size_t GROUP = 32;               // of a row's values that share a scale
 constexpr size_t COLUMNS = 32;             // that rows, as many as a form's ROWS, are multiplied with at once
 constexpr size_t TILES = COLUMNS / LANES;  // registers of them
-constexpr size_t LINE = 64;                // bytes that are fetched at once
 
 // A matrix, and where the product with it goes: y[rows, columns].
 struct Matrix {
@@ -91,11 +90,10 @@ public:
             for (size_t row = range.begin(); row < range.end(); row++)
                 round_row(x + row * depth, depth, &codes[row * depth], &scales[row * groups], &sums[row * groups]);
         };
-        const tbb::blocked_range<size_t> all(0, rows, 4);  // fewer are not worth waking a thread
-        if (rows > 4)
-            tbb::parallel_for(all, some);
-        else
-            some(all);
+        if (rows > 16)
+            tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 8), some);
+        else  // is done before another thread has woken
+            some({0, rows});
     }
 
     Rows<Code> rows() const { return {codes.get(), scales.get(), sums.get()}; }

@@ -15,15 +15,15 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../openvino/vectors.hpp"
 
 namespace d2sd {
 
-constexpr size_t FLOATS = 8;  // in a register
 constexpr size_t KEYS = 32;    // of a block
-constexpr size_t QUERIES = 8;  // rows that walk a block together, at most
+constexpr size_t QUERIES = 16;  // rows that walk a block together, at most
 constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -46,89 +46,89 @@ struct Attention {
 };
 
 // exp, for x up to 0, to 2e-7: 2^n times a polynomial on half an octave (coefficients: Cephes' expf).
-INLINE __m256 exponential(__m256 x) {
-    x = _mm256_max_ps(x, _mm256_set1_ps(-87.3f));
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+INLINE Reals exponential(Reals x) {
+    x = larger(x, all(-87.3f));
+    const Reals n = nearest(x * all(1.44269504f));
+    const Reals r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
+    Reals p = all(1.9875691500e-4f);
     for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(next));
-    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+        p = multiply_add(p, r, all(next));
+    return times_power_of_two(multiply_add(p, r * r, r) + all(1.0f), n);
 }
 
-// Sums of eight registers, in one.
-INLINE __m256 sums(const __m256 (&x)[8]) {
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-}
-
-// Eight numbers, in a register: GCC would read them from memory again for every use.
-INLINE __m256 held(const float* at) {
-    __m256 values = _mm256_loadu_ps(at);
-    asm("" : "+x"(values));
+// Numbers in a register: GCC would read them from memory again for every use.
+template <typename Register>
+INLINE Register held(Register values) {
+    asm("" : "+v"(values));
     return values;
 }
 
-// Scores of a query with the 32 keys of a block.
-INLINE void score(const float* q, const float* keys, size_t dim, float* scores) {
-    for (size_t group = 0; group < KEYS; group += FLOATS) {
-        __m256 products[FLOATS];
-        for (auto& product : products) product = _mm256_setzero_ps();
-        for (size_t d = 0; d < dim; d += FLOATS) {
-            const __m256 part = _mm256_loadu_ps(q + d);
-            for (size_t key = 0; key < FLOATS; key++)
-                products[key] = _mm256_fmadd_ps(part, _mm256_loadu_ps(keys + (group + key) * dim + d), products[key]);
-        }
-        _mm256_storeu_ps(scores + group, sums(products));
-    }
+// A block's keys or values of a head, into the second cache: it lies where no hardware looks ahead.
+INLINE void fetch(const float* block, size_t dim) {
+    for (size_t i = 0; i < KEYS * dim; i += LINE / sizeof(float)) __builtin_prefetch(block + i, 0, 2);
 }
 
-// Of two queries: a key that is read once is multiplied twice. Each score is added up as if its query were alone.
-INLINE void score(const float* q, const float* keys, size_t dim, float* scores, float* others) {
-    for (size_t group = 0; group < KEYS; group += FLOATS / 2) {
-        __m256 products[FLOATS];  // of the first query with four keys, and of the second
-        for (auto& product : products) product = _mm256_setzero_ps();
-        for (size_t d = 0; d < dim; d += FLOATS) {
-            const __m256 part = _mm256_loadu_ps(q + d), other = _mm256_loadu_ps(q + dim + d);
-            for (size_t key = 0; key < FLOATS / 2; key++) {
-                const __m256 own = held(keys + (group + key) * dim + d);
-                products[key] = _mm256_fmadd_ps(part, own, products[key]);
-                products[FLOATS / 2 + key] = _mm256_fmadd_ps(other, own, products[FLOATS / 2 + key]);
+// Scores of Count queries, one behind the other, with the 32 keys of a block: a key that is read once is multiplied as often.
+// Each score is added up as if its query were alone. (Registers of 16 lose here in adding up what they win in multiplying.)
+template <size_t Count>
+INLINE void score(const float* q, const float* keys, size_t dim, float* scores, size_t width) {
+    constexpr size_t SOME = 4, EIGHT = 8;  // keys, and numbers in a register
+    for (size_t group = 0; group < KEYS; group += SOME, keys += SOME * dim) {
+        __m256 products[Count][SOME];
+        UNROLLED for (size_t i = 0; i < Count; i++)
+            UNROLLED for (size_t key = 0; key < SOME; key++) products[i][key] = _mm256_setzero_ps();
+        for (size_t d = 0; d < dim; d += EIGHT) {
+            __m256 parts[Count];
+            UNROLLED for (size_t i = 0; i < Count; i++) parts[i] = _mm256_loadu_ps(q + i * dim + d);
+            UNROLLED for (size_t key = 0; key < SOME; key++) {
+                const __m256 own = held(_mm256_loadu_ps(keys + key * dim + d));
+                UNROLLED for (size_t i = 0; i < Count; i++)
+                    products[i][key] = _mm256_fmadd_ps(parts[i], own, products[i][key]);
             }
         }
-        const __m256 both = sums(products);
-        _mm_storeu_ps(scores + group, _mm256_castps256_ps128(both));
-        _mm_storeu_ps(others + group, _mm256_extractf128_ps(both, 1));
-    }
-}
-
-// out += weights · values of a block's keys, for Registers · 8 of the dimensions, of Count queries.
-template <size_t Count, size_t Registers>
-INLINE void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
-    __m256 total[Count][Registers];
-    for (size_t i = 0; i < Count; i++)
-        for (size_t r = 0; r < Registers; r++) total[i][r] = _mm256_loadu_ps(out[i] + d + r * FLOATS);
-    for (size_t key = 0; key < keys; key++) {
-        __m256 weight[Count];
-        for (size_t i = 0; i < Count; i++) weight[i] = _mm256_set1_ps(weights[i][key]);
-        for (size_t r = 0; r < Registers; r++) {
-            const __m256 value = held(values + key * dim + d + r * FLOATS);
-            for (size_t i = 0; i < Count; i++) total[i][r] = _mm256_fmadd_ps(weight[i], value, total[i][r]);
+        UNROLLED for (size_t i = 0; i < Count; i += 2) {
+            const __m256 both = sums(products[i], products[i + 1 < Count ? i + 1 : i]);
+            _mm_storeu_ps(scores + i * width + group, _mm256_castps256_ps128(both));
+            if (i + 1 < Count) _mm_storeu_ps(scores + (i + 1) * width + group, _mm256_extractf128_ps(both, 1));
         }
     }
-    for (size_t i = 0; i < Count; i++)
-        for (size_t r = 0; r < Registers; r++) _mm256_storeu_ps(out[i] + d + r * FLOATS, total[i][r]);
 }
 
+// out += weights · values of a block's keys, for Registers of the dimensions, of Count queries.
 template <size_t Count, size_t Registers>
+INLINE void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
+    Reals total[Count][Registers];
+    UNROLLED for (size_t i = 0; i < Count; i++)
+        UNROLLED for (size_t r = 0; r < Registers; r++) total[i][r] = load(out[i] + d + r * LANES);
+    for (size_t key = 0; key < keys; key++) {
+        Reals weight[Count];
+        UNROLLED for (size_t i = 0; i < Count; i++) weight[i] = all(weights[i][key]);
+        UNROLLED for (size_t r = 0; r < Registers; r++) {
+            const Reals value = held(load(values + key * dim + d + r * LANES));
+            UNROLLED for (size_t i = 0; i < Count; i++) total[i][r] = multiply_add(weight[i], value, total[i][r]);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < Count; i++)
+        UNROLLED for (size_t r = 0; r < Registers; r++) store(out[i] + d + r * LANES, total[i][r]);
+}
+
+template <size_t Count>
 INLINE void gather_all(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out) {
+    constexpr size_t REGISTERS = LANES == 8 && Count == 1 ? 8 : 4;
     size_t d = 0;
-    for (; d + Registers * FLOATS <= dim; d += Registers * FLOATS) gather<Count, Registers>(weights, values, dim, keys, out, d);
-    for (; d < dim; d += FLOATS) gather<Count, 1>(weights, values, dim, keys, out, d);
+    for (; d + REGISTERS * LANES <= dim; d += REGISTERS * LANES) gather<Count, REGISTERS>(weights, values, dim, keys, out, d);
+    for (; d < dim; d += LANES) gather<Count, 1>(weights, values, dim, keys, out, d);
+}
+
+// Queries 0 to count, as many at a time as there are registers for: of(the first of them, how many).
+template <typename Of>
+INLINE void some_at_a_time(size_t count, Of of) {
+    constexpr size_t MOST = LANES == 16 ? 4 : 2;
+    size_t i = 0;
+    for (; i + MOST <= count; i += MOST) of(i, std::integral_constant<size_t, MOST>());
+    if (MOST > 2 && count - i == 3) of(i, std::integral_constant<size_t, 3>());
+    if (MOST > 2 && count - i == 2) of(i, std::integral_constant<size_t, 2>());
+    if (count - i == 1) of(i, std::integral_constant<size_t, 1>());
 }
 
 // What rows of a sequence ask of a KV head, with all query heads that share it.
@@ -155,53 +155,45 @@ inline void attend(const Attention& a, const Work& work) {
         seen = std::max(seen, past + work.row(i) + 1);  // no row sees a later one
     }
     const size_t blocks = (seen + KEYS - 1) / KEYS, width = blocks * KEYS;
-    std::vector<float> all(count * width);
-    __m256 most[QUERIES];
-    for (auto& each : most) each = _mm256_set1_ps(NEVER);
+    std::vector<float> scores(count * width);
+    Reals most[QUERIES];
+    for (auto& each : most) each = all(NEVER);
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS;
         const float* keys = a.past_k + a.place(sequence, block, kv_head);
-        for (size_t i = 0; i < count; i += 2) {
-            float* scores = &all[i * width + start];
-            if (i + 1 < count)
-                score(&queries[i * dim], keys, dim, scores, scores + width);
-            else
-                score(&queries[i * dim], keys, dim, scores);
-        }
+        fetch(block + 1 < blocks ? a.past_k + a.place(sequence, block + 1, kv_head) : a.past_v + a.place(sequence, 0, kv_head), dim);
+        some_at_a_time(count, [&](size_t i, auto n) {
+            score<n>(&queries[i * dim], keys, dim, &scores[i * width + start], width);
+        });
         for (size_t i = 0; i < count; i++) {
-            float* scores = &all[i * width + start];
+            float* own = &scores[i * width + start];
             if (start + KEYS > past) {  // what is behind the past, the mask decides; what is behind the end is nobody's
                 const uint8_t* sees = a.mask + a.mask_begins[sequence] + work.row(i) * n;
                 for (size_t key = 0; key < KEYS; key++)
-                    if (start + key >= past && (start + key >= seen || !sees[start + key - past])) scores[key] = NEVER;
+                    if (start + key >= past && (start + key >= seen || !sees[start + key - past])) own[key] = NEVER;
             }
-            for (size_t g = 0; g < KEYS; g += FLOATS) most[i] = _mm256_max_ps(most[i], _mm256_loadu_ps(scores + g));
+            for (size_t g = 0; g < KEYS; g += LANES) most[i] = larger(most[i], load(own + g));
         }
     }
-    float highest[QUERIES];
+    Reals highest[QUERIES];
     int64_t whole[QUERIES] = {};
-    for (size_t i = 0; i < count; i++) highest[i] = largest(most[i]);
+    for (size_t i = 0; i < count; i++) highest[i] = all(largest(most[i]));
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS, keys = std::min(KEYS, seen - start);
         const float* values = a.past_v + a.place(sequence, block, kv_head);
-        alignas(32) float weights[QUERIES][KEYS];
+        if (block + 1 < blocks) fetch(a.past_v + a.place(sequence, block + 1, kv_head), dim);
+        alignas(64) float weights[QUERIES][KEYS];
         for (size_t i = 0; i < count; i++) {
-            __m256i units = _mm256_setzero_si256();
-            for (size_t g = 0; g < KEYS; g += FLOATS) {
-                const __m256 scores = _mm256_loadu_ps(&all[i * width + start + g]);
-                const __m256 sees = _mm256_cmp_ps(scores, _mm256_set1_ps(NEVER), _CMP_NEQ_OQ);
-                const __m256 weight = _mm256_and_ps(exponential(_mm256_sub_ps(scores, _mm256_set1_ps(highest[i]))), sees);
-                _mm256_store_ps(weights[i] + g, weight);
-                units = _mm256_add_epi32(units, _mm256_cvtps_epi32(_mm256_mul_ps(weight, _mm256_set1_ps(UNIT))));
+            Integers units = no_integers();
+            for (size_t g = 0; g < KEYS; g += LANES) {
+                const Reals own = load(&scores[i * width + start + g]);
+                const Reals weight = where_not(own, NEVER, exponential(own - highest[i]));
+                store(weights[i] + g, weight);
+                units = sum(units, integers(weight * all(UNIT)));
             }
             whole[i] += total(units);
         }
-        for (size_t i = 0; i < count; i += 2) {
-            if (i + 1 < count)
-                gather_all<2, 4>(weights + i, values, dim, keys, out + i);
-            else
-                gather_all<1, 8>(weights + i, values, dim, keys, out + i);
-        }
+        some_at_a_time(count, [&](size_t i, auto n) { gather_all<n>(weights + i, values, dim, keys, out + i); });
     }
     for (size_t i = 0; i < count; i++) {
         const float share = whole[i] > 0 ? UNIT / static_cast<float>(whole[i]) : 0.0f;
@@ -223,27 +215,31 @@ inline void append(const Attention& a) {
         }
 }
 
-// The operator. D is a multiple of 8. A row that sees no row of the call asks for nothing, and gets zeros.
+// The operator. D is a multiple of LANES. A row that sees no row of the call asks for nothing, and gets zeros.
 inline void attention(const Attention& a) {
     append(a);
     const size_t rows = a.begins[a.sequences], group = a.heads / a.kv_heads;
     std::memset(a.out, 0, rows * a.heads * a.dim * sizeof(float));
     std::vector<std::vector<size_t>> asking(a.sequences);
-    size_t all = 0;
+    size_t all = 0;  // keys that are to be looked at, once for each query
     for (size_t sequence = 0; sequence < a.sequences; sequence++) {
         const size_t n = a.rows(sequence);
         const uint8_t* sees = a.mask + a.mask_begins[sequence];
         for (size_t row = 0; row < n; row++, sees += n)
             if (std::memchr(sees, 1, n)) asking[sequence].push_back(row);
-        all += asking[sequence].size() * a.heads;
+        all += asking[sequence].size() * a.heads * (a.lengths[sequence] + n);
     }
-    const size_t threads = tbb::this_task_arena::max_concurrency();
-    const size_t most = std::clamp(all / (4 * threads), size_t{1}, QUERIES);  // few rows are spread over the threads
+    // Each thread gets as much; a KV head's block is read once for as many queries as that leaves together.
+    const size_t share = std::max<size_t>(1, all / tbb::this_task_arena::max_concurrency());
     std::vector<Work> works;
+    size_t given = 0;
     for (size_t sequence = 0; sequence < a.sequences; sequence++)
         for (size_t kv_head = 0; kv_head < a.kv_heads; kv_head++)
-            for (size_t first = 0, every = asking[sequence].size() * group; first < every; first += most)
-                works.push_back({sequence, kv_head, &asking[sequence], first, std::min(most, every - first)});
+            for (size_t first = 0, every = asking[sequence].size() * group; first < every; first += works.back().count) {
+                const size_t keys = a.lengths[sequence] + a.rows(sequence), left = (share - given % share + keys - 1) / keys;
+                works.push_back({sequence, kv_head, &asking[sequence], first, std::min({left, QUERIES, every - first})});
+                given += works.back().count * keys;
+            }
     tbb::parallel_for(size_t{0}, works.size(), [&](size_t i) { attend(a, works[i]); });
 }
 

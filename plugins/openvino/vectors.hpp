@@ -7,8 +7,18 @@
 #include <cstdint>
 
 #define INLINE __attribute__((always_inline)) inline  // or sums leave their registers for a call
+#define UNROLLED _Pragma("GCC unroll 8")              // or they leave them in every step
 
 namespace d2sd {
+
+constexpr size_t LINE = 64;  // bytes that are fetched at once
+
+// Sums of eight registers, in one.
+INLINE __m256 sums(const __m256 (&x)[4], const __m256 (&y)[4]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
 
 INLINE float largest(__m256 x) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -35,7 +45,17 @@ INLINE Reals load(const float* at) { return _mm512_loadu_ps(at); }
 INLINE void store(float* to, Reals x) { _mm512_storeu_ps(to, x); }
 INLINE Reals halves(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm512_fmadd_ps(a, b, sum); }
+INLINE Reals larger(Reals a, Reals b) { return _mm512_max_ps(a, b); }
+INLINE Reals nearest(Reals x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Reals times_power_of_two(Reals x, Reals whole) { return _mm512_scalef_ps(x, whole); }
+INLINE Reals where_not(Reals x, float is, Reals given) {  // else 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(is), _CMP_NEQ_OQ), given);
+}
+INLINE float largest(Reals x) { return _mm512_reduce_max_ps(x); }
 INLINE Reals real(Integers x) { return _mm512_cvtepi32_ps(x); }
+INLINE Integers integers(Reals x) { return _mm512_cvtps_epi32(x); }
+INLINE Integers sum(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+INLINE int total(Integers x) { return _mm512_reduce_add_epi32(x); }
 INLINE Integers no_integers() { return _mm512_setzero_si512(); }
 INLINE Integers bytes(const uint8_t* at) { return _mm512_loadu_si512(at); }
 INLINE Integers words(const uint8_t* at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
@@ -60,7 +80,18 @@ INLINE Reals load(const float* at) { return _mm256_loadu_ps(at); }
 INLINE void store(float* to, Reals x) { _mm256_storeu_ps(to, x); }
 INLINE Reals halves(const uint8_t* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm256_fmadd_ps(a, b, sum); }
+INLINE Reals larger(Reals a, Reals b) { return _mm256_max_ps(a, b); }
+INLINE Reals nearest(Reals x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Reals times_power_of_two(Reals x, Reals whole) {
+    const Integers power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return x * _mm256_castsi256_ps(power);
+}
+INLINE Reals where_not(Reals x, float is, Reals given) {
+    return _mm256_and_ps(given, _mm256_cmp_ps(x, all(is), _CMP_NEQ_OQ));
+}
 INLINE Reals real(Integers x) { return _mm256_cvtepi32_ps(x); }
+INLINE Integers integers(Reals x) { return _mm256_cvtps_epi32(x); }
+INLINE Integers sum(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
 INLINE Integers no_integers() { return _mm256_setzero_si256(); }
 INLINE Integers bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 INLINE Integers words(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }

@@ -50,7 +50,7 @@ def expected(q, k, v, past, masks, lengths, scale):
 CASES = [([0], [1]), ([31], [1]), ([32], [2]), ([33], [8]), ([700], [12]), ([0, 5, 64, 0], [3, 1, 40, 1]), ([100] * 5, [1] * 5)]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 8), (6, 2, 80), (1, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 2, 80), (1, 1, 128)])
 @pytest.mark.parametrize(("lengths", "counts"), CASES, ids=str)
 def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, dim, lengths, counts):
     rng = np.random.default_rng(heads + len(lengths))
@@ -85,13 +85,13 @@ def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, di
 
 def test_a_row_that_sees_none_of_its_call_asks_for_nothing(factory):
     rng = np.random.default_rng(5)
-    q, k, v = (rng.normal(size=(3, 8)).astype(np.float32) for _ in range(3))
-    pools = [rng.normal(size=(2, 1, BLOCK, 8)).astype(np.float32) for _ in "kv"]
+    q, k, v = (rng.normal(size=(3, 16)).astype(np.float32) for _ in range(3))
+    pools = [rng.normal(size=(2, 1, BLOCK, 16)).astype(np.float32) for _ in "kv"]
     mask = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], bool)
     past = [tuple(pool[1].swapaxes(0, 1)[:5].copy() for pool in pools)]
     numbers = [np.array(each, np.int32) for each in ([5], [0, 3], [1], [0, 1])]
     given = [q, k, v, *pools, *numbers, mask.reshape(-1).astype(np.uint8), np.array([0, 9], np.int32)]
-    out = run(operator(factory, 1, 1, 8, 0.5), given)
+    out = run(operator(factory, 1, 1, 16, 0.5), given)
     want = expected(q[:, None], k[:, None], v[:, None], past, [mask], [5], 0.5)[:, 0]
     np.testing.assert_allclose(out[1], want[1], atol=2e-6)
     assert not out[[0, 2]].any()
@@ -99,12 +99,12 @@ def test_a_row_that_sees_none_of_its_call_asks_for_nothing(factory):
 
 def test_scores_far_apart(factory):
     """The likeliest key comes last, far above all others: what was gathered before it fades to nothing."""
-    q = np.full((1, 8), 40.0, np.float32)
-    k = np.full((1, 8), 1.0, np.float32)
-    pools = [np.full((2, 1, BLOCK, 8), -1.0, np.float32), np.full((2, 1, BLOCK, 8), 5.0, np.float32)]
+    q = np.full((1, 16), 20.0, np.float32)
+    k = np.full((1, 16), 1.0, np.float32)
+    pools = [np.full((2, 1, BLOCK, 16), -1.0, np.float32), np.full((2, 1, BLOCK, 16), 5.0, np.float32)]
     numbers = [np.array(each, np.int32) for each in ([40], [0, 1], [0, 1], [0, 2])]
-    given = [q, k, np.full((1, 8), 7.0, np.float32), *pools, *numbers, np.ones(1, np.uint8), np.array([0, 1], np.int32)]
-    np.testing.assert_allclose(run(operator(factory, 1, 1, 8, 1.0), given), np.full((1, 8), 7.0))
+    given = [q, k, np.full((1, 16), 7.0, np.float32), *pools, *numbers, np.ones(1, np.uint8), np.array([0, 1], np.int32)]
+    np.testing.assert_allclose(run(operator(factory, 1, 1, 16, 1.0), given), np.full((1, 16), 7.0))
 
 
 @pytest.mark.parametrize("length", [0, 25, 31, 64, 700])
