@@ -34,11 +34,23 @@ struct Matrix {
     size_t parts() const { return (columns + COLUMNS - 1) / COLUMNS; }
 };
 
-// Rows as they are multiplied, and what a product of theirs needs beside them.
+// Rows as they are multiplied, from one of them and from one block on, and what a product of theirs needs beside them.
 template <typename Code>
 struct Rows {
+    size_t depth;
     const Code* codes;
-    const float *scales, *sums;
+    const float *scales, *sums;  // of each group; sums are of the rounded values
+    const int32_t* totals;       // of codes, of each half of a group
+
+    size_t groups() const { return depth / GROUP; }
+
+    Rows from(size_t row, size_t k) const {
+        const size_t at = row * depth + k;
+        if constexpr (std::is_same_v<Code, float>)
+            return {depth, codes + at, nullptr, nullptr, nullptr};
+        else
+            return {depth, codes + at, scales + at / GROUP, sums + at / GROUP, totals + 2 * at / GROUP};
+    }
 };
 
 INLINE __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xD8); }  // undo packs' halves
@@ -54,7 +66,7 @@ INLINE void store(int8_t* to, __m256i first, __m256i second) {
 
 // One group: codes = round(x · 127 / max|x|), to even.
 template <typename Code>
-INLINE void round_group(const float* x, Code* codes, float* scale, float* sum) {
+INLINE void round_group(const float* x, Code* codes, float* scale, float* sum, int32_t* totals) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 values[4], most = _mm256_setzero_ps();
     for (int i = 0; i < 4; i++) {
@@ -63,32 +75,25 @@ INLINE void round_group(const float* x, Code* codes, float* scale, float* sum) {
     }
     const float peak = largest(most);
     const __m256 inverse = _mm256_set1_ps(peak > 0 ? 127.0f / peak : 0.0f);
-    __m256i numbers[4], all = _mm256_setzero_si256();
-    for (int i = 0; i < 4; i++) {
-        numbers[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
-        all = _mm256_add_epi32(all, numbers[i]);
-    }
+    __m256i numbers[4];
+    for (int i = 0; i < 4; i++) numbers[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
     store(codes, in_order(_mm256_packs_epi32(numbers[0], numbers[1])), in_order(_mm256_packs_epi32(numbers[2], numbers[3])));
     *scale = peak / 127.0f;
-    *sum = *scale * static_cast<float>(total(all));
+    for (int half = 0; half < 2; half++) totals[half] = total(_mm256_add_epi32(numbers[2 * half], numbers[2 * half + 1]));
+    *sum = *scale * static_cast<float>(totals[0] + totals[1]);
 }
 
-template <typename Code>
-inline void round_row(const float* x, size_t depth, Code* codes, float* scales, float* sums) {
-    for (size_t group = 0; group < depth / GROUP; group++)
-        round_group(x + group * GROUP, codes + group * GROUP, scales + group, sums + group);
-}
-
-// Rounded rows: codes as bytes in front of 4-bit weights, as words in front of 8-bit ones.
+// Rounded rows: codes as bytes in front of 4-bit weights, as the instructions want them in front of 8-bit ones.
 template <typename Code>
 class Rounded {
 public:
     Rounded(const float* x, size_t rows, size_t depth)
-        : codes(new Code[rows * depth]), scales(new float[rows * depth / GROUP]), sums(new float[rows * depth / GROUP]) {
+        : depth(depth), codes(new Code[rows * depth]), numbers(new float[2 * rows * depth / GROUP]),
+          totals(new int32_t[2 * rows * depth / GROUP]), sums(&numbers[rows * depth / GROUP]) {
         const size_t groups = depth / GROUP;
         const auto some = [&](const tbb::blocked_range<size_t>& range) {
-            for (size_t row = range.begin(); row < range.end(); row++)
-                round_row(x + row * depth, depth, &codes[row * depth], &scales[row * groups], &sums[row * groups]);
+            for (size_t at = range.begin() * groups; at < range.end() * groups; at++)
+                round_group(x + at * GROUP, &codes[at * GROUP], &numbers[at], sums + at, &totals[2 * at]);
         };
         if (rows > 16)
             tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 8), some);
@@ -96,11 +101,14 @@ public:
             some({0, rows});
     }
 
-    Rows<Code> rows() const { return {codes.get(), scales.get(), sums.get()}; }
+    Rows<Code> rows() const { return {depth, codes.get(), numbers.get(), sums, totals.get()}; }
 
 private:
+    const size_t depth;
     std::unique_ptr<Code[]> codes;
-    std::unique_ptr<float[]> scales, sums;  // a group's sum, of the rounded values
+    std::unique_ptr<float[]> numbers;  // scales; sums
+    std::unique_ptr<int32_t[]> totals;
+    float* const sums;
 };
 
 INLINE Integers repeated(const void* four_bytes) {
@@ -134,8 +142,7 @@ struct FourBits {
     static constexpr size_t CODES = LANES * Block / 2, WIDTH = LANES * (Half ? 2 : 4), BYTES = CODES + 2 * WIDTH, ROWS = 4;
 
     template <size_t R>
-    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float* sums,
-                           Reals (&out)[R][TILES]) {
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
         Integers part[R][TILES];
         for (int g = 0; g < 4; g++) {
             Integers first[TILES], second[TILES];
@@ -145,48 +152,53 @@ struct FourBits {
                 second[t] = high_bits(both);
             }
             for (size_t r = 0; r < R; r++) {
-                const Integers a = repeated(x + r * depth + 4 * g), b = repeated(x + r * depth + 16 + 4 * g);
+                const Code* own = x.codes + r * x.depth + 4 * g;
+                const Integers a = repeated(own), b = repeated(own + 16);
                 for (size_t t = 0; t < TILES; t++)
                     part[r][t] = dot_bytes(dot_bytes(g ? part[r][t] : no_integers(), first[t], a), second[t], b);
             }
         }
-        const size_t groups = depth / GROUP;
         for (size_t t = 0; t < TILES; t++) {
             const Reals scale = numbers_of<Half>(w[t] + CODES), minimum = numbers_of<Half>(w[t] + CODES + WIDTH);
             for (size_t r = 0; r < R; r++) {
-                out[r][t] = multiply_add(real(of_dots(part[r][t])) * scale, all(scales[r * groups]), out[r][t]);
-                out[r][t] = multiply_add(minimum, all(sums[r * groups]), out[r][t]);
+                out[r][t] = multiply_add(real(of_dots(part[r][t])) * scale, all(x.scales[r * x.groups()]), out[r][t]);
+                out[r][t] = multiply_add(minimum, all(x.sums[r * x.groups()]), out[r][t]);
             }
         }
     }
 };
 
-// A block of 8-bit codes of a register's columns, two of a column beside each other; their scales.
+// A block of 8-bit codes of a register's columns, as many of a column beside each other as 32 bits hold factors; their scales.
 template <size_t Block, bool Half>
 struct EightBits {
-    using Code = int16_t;
-    static constexpr size_t BYTES = LANES * (Block + (Half ? 2 : 4)), ROWS = 4;
+    using Code = Factor;
+    static constexpr size_t BYTES = LANES * (Block + (Half ? 2 : 4)), ROWS = 4, STEP = 4 / sizeof(Code);
 
     template <size_t R>
-    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float* scales, const float*,
-                           Reals (&out)[R][TILES]) {
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
         Integers part[R][TILES];
-        for (size_t pair = 0; pair < Block / 2; pair += 2) {
+        UNROLLED for (size_t r = 0; r < R; r++) {
+            const int32_t* totals = x.totals + 2 * r * x.groups();
+            const Integers none = all_integers(-OFFSET * (Block == GROUP ? totals[0] + totals[1] : totals[0]));
+            UNROLLED for (size_t t = 0; t < TILES; t++) part[r][t] = none;
+        }
+        for (size_t k = 0; k < Block; k += 2 * STEP) {
             Integers first[TILES], second[TILES];
-            for (size_t t = 0; t < TILES; t++) {
-                first[t] = words(w[t] + 2 * LANES * pair);
-                second[t] = words(w[t] + 2 * LANES * pair + 2 * LANES);
+            UNROLLED for (size_t t = 0; t < TILES; t++) {
+                first[t] = eight_bits(w[t] + LANES * k);
+                second[t] = eight_bits(w[t] + LANES * (k + STEP));
             }
-            for (size_t r = 0; r < R; r++) {
-                const Integers a = repeated(x + r * depth + 2 * pair), b = repeated(x + r * depth + 2 * pair + 2);
-                for (size_t t = 0; t < TILES; t++)
-                    part[r][t] = dot_words(dot_words(pair ? part[r][t] : no_integers(), first[t], a), second[t], b);
+            UNROLLED for (size_t r = 0; r < R; r++) {
+                const Code* own = x.codes + r * x.depth + k;
+                const Integers a = repeated(own), b = repeated(own + STEP);
+                UNROLLED for (size_t t = 0; t < TILES; t++)
+                    part[r][t] = dot_eight_bits(dot_eight_bits(part[r][t], first[t], a), second[t], b);
             }
         }
         for (size_t t = 0; t < TILES; t++) {
             const Reals scale = numbers_of<Half>(w[t] + LANES * Block);
             for (size_t r = 0; r < R; r++)
-                out[r][t] = multiply_add(real(part[r][t]) * scale, all(scales[r * (depth / GROUP)]), out[r][t]);
+                out[r][t] = multiply_add(real(part[r][t]) * scale, all(x.scales[r * x.groups()]), out[r][t]);
         }
     }
 };
@@ -199,13 +211,12 @@ struct Floats {
     static constexpr size_t ROWS = TILES == 2 ? 4 : 3;  // whose sums leave registers for what is read
 
     template <size_t R>
-    INLINE static void add(const uint8_t* const (&w)[TILES], const Code* x, size_t depth, const float*, const float*,
-                           Reals (&out)[R][TILES]) {
+    INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
         Reals sums[R][TILES];  // of its own, or GCC writes them to memory in every step
         std::memcpy(sums, out, sizeof(sums));
         for (size_t k = 0; k < Block; k++) {
             Reals one[R];
-            for (size_t r = 0; r < R; r++) one[r] = all(x[r * depth + k]);
+            for (size_t r = 0; r < R; r++) one[r] = all(x.codes[r * x.depth + k]);
             for (size_t t = 0; t < TILES; t++) {
                 const Reals weights = load(reinterpret_cast<const float*>(w[t]) + k * LANES);
                 for (size_t r = 0; r < R; r++) sums[r][t] = multiply_add(weights, one[r], sums[r][t]);
@@ -218,8 +229,8 @@ struct Floats {
 // R rows by COLUMNS. Each of the groups of rows that are multiplied with these columns fetches a part of the next columns'
 // weights: memory alone would be waited for as long again as some rows take.
 template <typename Form, size_t Block, size_t R>
-void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth, size_t row, size_t column, size_t shares) {
-    const size_t blocks = depth / Block, groups = depth / GROUP;
+void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, size_t column, size_t shares) {
+    const size_t blocks = x.depth / Block;
     Reals out[R][TILES];
     for (auto& sums : out)
         for (auto& sum : sums) sum = zeros();
@@ -230,8 +241,7 @@ void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth
     for (size_t block = 0; block < blocks; block++) {
         for (size_t i = 0; i < share; i += LINE) __builtin_prefetch(next + i, 0, 2);
         next += share;
-        const size_t start = row * groups + block * Block / GROUP;
-        Form::template add<R>(w, x.codes + row * depth + block * Block, depth, x.scales + start, x.sums + start, out);
+        Form::template add<R>(w, x.from(row, block * Block), out);
         for (auto& at : w) at += Form::BYTES;
     }
     for (size_t r = 0; r < R; r++)
@@ -242,7 +252,7 @@ void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t depth
 }
 
 template <typename Form, size_t Block>
-void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
+void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::vector<Matrix>& matrices) {
     size_t parts = 0;
     for (const auto& matrix : matrices) parts += matrix.parts();
     tbb::parallel_for(size_t{0}, parts, [&](size_t part) {
@@ -251,11 +261,11 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, size_t depth
         const size_t column = part * COLUMNS, shares = (rows + Form::ROWS - 1) / Form::ROWS;
         size_t row = 0;
         for (; row + Form::ROWS <= rows; row += Form::ROWS)
-            tile<Form, Block, Form::ROWS>(*matrix, x, depth, row, column, shares);
+            tile<Form, Block, Form::ROWS>(*matrix, x, row, column, shares);
         switch (rows - row) {
-            case 3: return tile<Form, Block, 3>(*matrix, x, depth, row, column, shares);
-            case 2: return tile<Form, Block, 2>(*matrix, x, depth, row, column, shares);
-            case 1: return tile<Form, Block, 1>(*matrix, x, depth, row, column, shares);
+            case 3: return tile<Form, Block, 3>(*matrix, x, row, column, shares);
+            case 2: return tile<Form, Block, 2>(*matrix, x, row, column, shares);
+            case 1: return tile<Form, Block, 1>(*matrix, x, row, column, shares);
         }
     });
 }
@@ -264,10 +274,10 @@ template <template <size_t, bool> class Bits, size_t Block, bool Half>
 void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
     using Form = Bits<Block, Half>;
     if constexpr (std::is_same_v<typename Form::Code, float>) {
-        multiply_rows<Form, Block>({x, x, x}, rows, depth, matrices);  // nobody reads scales and sums
+        multiply_rows<Form, Block>({depth, x, nullptr, nullptr, nullptr}, rows, matrices);
     } else {
         const Rounded<typename Form::Code> rounded(x, rows, depth);
-        multiply_rows<Form, Block>(rounded.rows(), rows, depth, matrices);
+        multiply_rows<Form, Block>(rounded.rows(), rows, matrices);
     }
 }
 

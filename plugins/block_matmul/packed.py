@@ -5,7 +5,8 @@ these one block of K after the other: codes, L scales and, with 4 bits, L minima
 
 * 4 bits (codes 0 to 15, blocks of 32): four times 4·L bytes. Byte 4·c + j of the g-th holds rows 4·g + j (low half) and
   16 + 4·g + j (high half) of column c.
-* 8 bits (codes -128 to 127, blocks of 16 or 32): 2·L bytes for each two rows. Byte 2·c + j holds row j of the two of column c.
+* 8 bits (codes -128 to 127, blocks of 16 or 32): with 8 lanes 16 bytes for each two rows, byte 2·c + j row j of these;
+  with 16 lanes 64 bytes for each four rows, byte 4·c + j row j of these, and 128 more than the code (``vectors.hpp``).
 * 32 bits: floats, row by row; they have no scales. Blocks are of 32.
 
 Scales and minima are f16 where that is exact for all of them, as it is for what a GGUF file holds as f16, else f32.
@@ -61,7 +62,8 @@ def pack(
         both = (low | high << 4).reshape(*units.shape[:2], 4, 4, lanes)  # g, j, c
         body = both.swapaxes(3, 4)
     else:
-        body = units.reshape(*units.shape[:2], block // 2, 2, lanes).swapaxes(3, 4)
+        beside = lanes // 4
+        body = units.reshape(*units.shape[:2], block // beside, beside, lanes).swapaxes(3, 4) ^ (0x80 if lanes == 16 else 0)
     flat = [np.ascontiguousarray(each).reshape(*units.shape[:2], -1).view(np.uint8) for each in (body, *behind)]
     return Packed(np.concatenate(flat, axis=-1).reshape(-1), columns, bits, block, half)
 

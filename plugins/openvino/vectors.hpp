@@ -58,14 +58,18 @@ INLINE Integers sum(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
 INLINE int total(Integers x) { return _mm512_reduce_add_epi32(x); }
 INLINE Integers no_integers() { return _mm512_setzero_si512(); }
 INLINE Integers bytes(const uint8_t* at) { return _mm512_loadu_si512(at); }
-INLINE Integers words(const uint8_t* at) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
 INLINE Integers all_integers(int x) { return _mm512_set1_epi32(x); }
 INLINE Integers low_bits(Integers x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE Integers high_bits(Integers x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 // Sums of products of 4-bit codes with bytes: here in 32 bits; with AVX2 in 16, which hold those of a block (16·15·127).
 INLINE Integers dot_bytes(Integers sum, Integers a, Integers b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE Integers of_dots(Integers sum) { return sum; }
-INLINE Integers dot_words(Integers sum, Integers a, Integers b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+// Codes of 8 bits come without a sign here: OFFSET was added, and its products are taken off again.
+using Factor = int8_t;  // that they are multiplied with
+constexpr int32_t OFFSET = 128;
+INLINE Integers eight_bits(const uint8_t* at) { return bytes(at); }
+INLINE Integers dot_eight_bits(Integers sum, Integers a, Integers b) { return _mm512_dpbusd_epi32(sum, a, b); }
 
 #else
 
@@ -94,13 +98,16 @@ INLINE Integers integers(Reals x) { return _mm256_cvtps_epi32(x); }
 INLINE Integers sum(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
 INLINE Integers no_integers() { return _mm256_setzero_si256(); }
 INLINE Integers bytes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-INLINE Integers words(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
 INLINE Integers all_integers(int x) { return _mm256_set1_epi32(x); }
 INLINE Integers low_bits(Integers x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE Integers high_bits(Integers x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 INLINE Integers dot_bytes(Integers sum, Integers a, Integers b) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
 INLINE Integers of_dots(Integers sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-INLINE Integers dot_words(Integers sum, Integers a, Integers b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+using Factor = int16_t;
+constexpr int32_t OFFSET = 0;
+INLINE Integers eight_bits(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+INLINE Integers dot_eight_bits(Integers sum, Integers a, Integers b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #endif
 
