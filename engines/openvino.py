@@ -21,7 +21,8 @@ from engines.paged import BLOCK
 from plugins.openvino.library import Library
 
 ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
-Precision = str
+Precision = str  # of activations: f32 or bf16
+Kept = str  # what K/V are kept in: the precision, or f16
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
@@ -64,7 +65,8 @@ class OpenVinoGraph:
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
         blocks: of the pool, and one more. operators: the library of ``plugins/openvino``; None: OpenVINO's own.
-        block_size: γ of a drafter.
+        block_size: γ of a drafter. kept: what K/V are kept in; the precision, or f16 with our attention
+            (``openvino_operators.attends``).
 
     Attributes:
         forms: numbers of rows that have a form of their own: as many as memory is left for.
@@ -79,8 +81,9 @@ class OpenVinoGraph:
         info: GraphInfo,
         precision: Precision,
         blocks: int,
-        operators: Library | None = None,
-        block_size: int = 1,
+        operators: Library | None,
+        block_size: int,
+        kept: Kept,
     ) -> None:
         ov = require()
         self.info = info
@@ -98,12 +101,14 @@ class OpenVinoGraph:
             "KV_CACHE_PRECISION": precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(ROUNDED),
         }
-        kind = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}[precision]
         shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
-        self.cache: NDArray = np.zeros(shape, np.float32 if precision == "f32" else np.uint16)
+        self.cache: NDArray = np.zeros(shape, {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[kept])
+        kind = {"f32": ov.Type.f32, "f16": ov.Type.u8, "bf16": ov.Type.bf16}[kept]
         # A request does not keep alive what it reads in place. Our attention needs to know where a pool begins, no more: while
         # it compiles, OpenVINO takes memory of its own for all that a shape names.
         shown = self.cache[:, :1] if self._fixed else self.cache
+        if kept == "f16":  # which OpenVINO would turn into f32, if it knew of it
+            shown = shown.view(np.uint8)
         self._held = {
             f"past_{name}": ov.Tensor(rows, list(rows.shape), kind)
             if precision == "bf16"

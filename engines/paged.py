@@ -368,10 +368,10 @@ def sequence_blocks(rows: int) -> int:
     return _blocks(rows) + SCRATCH
 
 
-def block_bytes(info: GraphInfo) -> int:
-    """Of a block in the pool of a graph, the features of a target's tokens among them."""
+def block_bytes(info: GraphInfo, number: int) -> int:
+    """Of a block in the pool of a graph, the features of a target's tokens among them. number: bytes of a number of K/V."""
     features = info.feature_width if info.mask_id < 0 else 0
-    return 4 * BLOCK * (2 * info.layers * info.kv_heads * info.head_dim + features)
+    return BLOCK * (2 * number * info.layers * info.kv_heads * info.head_dim + 4 * features)
 
 
 def _blocks(rows: int) -> int:

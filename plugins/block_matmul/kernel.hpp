@@ -117,10 +117,10 @@ INLINE Integers repeated(const void* four_bytes) {
     return all_integers(bytes);
 }
 
-template <bool Half>
+template <bool Halves>
 INLINE Reals numbers_of(const uint8_t* at) {
-    if constexpr (Half)
-        return halves(at);
+    if constexpr (Halves)
+        return load(reinterpret_cast<const Half*>(at));
     else
         return load(reinterpret_cast<const float*>(at));
 }
@@ -136,10 +136,10 @@ INLINE void put(Reals values, float* to, size_t columns) {
 }
 
 // A block of 4-bit codes, 0 to 15, of a register's columns; their scales; their minima.
-template <size_t Block, bool Half>
+template <size_t Block, bool Halves>
 struct FourBits {
     using Code = int8_t;
-    static constexpr size_t CODES = LANES * Block / 2, WIDTH = LANES * (Half ? 2 : 4), BYTES = CODES + 2 * WIDTH, ROWS = 4;
+    static constexpr size_t CODES = LANES * Block / 2, WIDTH = LANES * (Halves ? 2 : 4), BYTES = CODES + 2 * WIDTH, ROWS = 4;
 
     template <size_t R>
     INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
@@ -159,7 +159,7 @@ struct FourBits {
             }
         }
         for (size_t t = 0; t < TILES; t++) {
-            const Reals scale = numbers_of<Half>(w[t] + CODES), minimum = numbers_of<Half>(w[t] + CODES + WIDTH);
+            const Reals scale = numbers_of<Halves>(w[t] + CODES), minimum = numbers_of<Halves>(w[t] + CODES + WIDTH);
             for (size_t r = 0; r < R; r++) {
                 out[r][t] = multiply_add(real(of_dots(part[r][t])) * scale, all(x.scales[r * x.groups()]), out[r][t]);
                 out[r][t] = multiply_add(minimum, all(x.sums[r * x.groups()]), out[r][t]);
@@ -169,10 +169,10 @@ struct FourBits {
 };
 
 // A block of 8-bit codes of a register's columns, as many of a column beside each other as 32 bits hold factors; their scales.
-template <size_t Block, bool Half>
+template <size_t Block, bool Halves>
 struct EightBits {
     using Code = Factor;
-    static constexpr size_t BYTES = LANES * (Block + (Half ? 2 : 4)), ROWS = 4, STEP = 4 / sizeof(Code);
+    static constexpr size_t BYTES = LANES * (Block + (Halves ? 2 : 4)), ROWS = 4, STEP = 4 / sizeof(Code);
 
     template <size_t R>
     INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
@@ -196,7 +196,7 @@ struct EightBits {
             }
         }
         for (size_t t = 0; t < TILES; t++) {
-            const Reals scale = numbers_of<Half>(w[t] + LANES * Block);
+            const Reals scale = numbers_of<Halves>(w[t] + LANES * Block);
             for (size_t r = 0; r < R; r++)
                 out[r][t] = multiply_add(real(part[r][t]) * scale, all(x.scales[r * x.groups()]), out[r][t]);
         }
@@ -270,9 +270,9 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::v
     });
 }
 
-template <template <size_t, bool> class Bits, size_t Block, bool Half>
+template <template <size_t, bool> class Bits, size_t Block, bool Halves>
 void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
-    using Form = Bits<Block, Half>;
+    using Form = Bits<Block, Halves>;
     if constexpr (std::is_same_v<typename Form::Code, float>) {
         multiply_rows<Form, Block>({depth, x, nullptr, nullptr, nullptr}, rows, matrices);
     } else {

@@ -27,9 +27,10 @@ constexpr size_t QUERIES = 16;  // rows that walk a block together, at most
 constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
+template <typename Stored>
 struct Attention {
     const float *q, *k, *v;  // [R, H · D], [R, Hkv · D]
-    float *past_k, *past_v;  // [blocks, Hkv, 32, D]
+    Stored *past_k, *past_v;  // [blocks, Hkv, 32, D]
     const int32_t *lengths, *begins, *blocks, *block_begins;
     const uint8_t* mask;
     const int32_t* mask_begins;
@@ -64,14 +65,15 @@ INLINE Register held(Register values) {
 }
 
 // A block's keys or values of a head, into the second cache: it lies where no hardware looks ahead.
-INLINE void fetch(const float* block, size_t dim) {
-    for (size_t i = 0; i < KEYS * dim; i += LINE / sizeof(float)) __builtin_prefetch(block + i, 0, 2);
+template <typename Stored>
+INLINE void fetch(const Stored* block, size_t dim) {
+    for (size_t i = 0; i < KEYS * dim; i += LINE / sizeof(Stored)) __builtin_prefetch(block + i, 0, 2);
 }
 
 // Scores of Count queries, one behind the other, with the 32 keys of a block: a key that is read once is multiplied as often.
 // Each score is added up as if its query were alone. (Registers of 16 lose here in adding up what they win in multiplying.)
-template <size_t Count>
-INLINE void score(const float* q, const float* keys, size_t dim, float* scores, size_t width) {
+template <size_t Count, typename Stored>
+INLINE void score(const float* q, const Stored* keys, size_t dim, float* scores, size_t width) {
     constexpr size_t SOME = 4, EIGHT = 8;  // keys, and numbers in a register
     for (size_t group = 0; group < KEYS; group += SOME, keys += SOME * dim) {
         __m256 products[Count][SOME];
@@ -79,9 +81,9 @@ INLINE void score(const float* q, const float* keys, size_t dim, float* scores, 
             UNROLLED for (size_t key = 0; key < SOME; key++) products[i][key] = _mm256_setzero_ps();
         for (size_t d = 0; d < dim; d += EIGHT) {
             __m256 parts[Count];
-            UNROLLED for (size_t i = 0; i < Count; i++) parts[i] = _mm256_loadu_ps(q + i * dim + d);
+            UNROLLED for (size_t i = 0; i < Count; i++) parts[i] = eight(q + i * dim + d);
             UNROLLED for (size_t key = 0; key < SOME; key++) {
-                const __m256 own = held(_mm256_loadu_ps(keys + key * dim + d));
+                const __m256 own = held(eight(keys + key * dim + d));
                 UNROLLED for (size_t i = 0; i < Count; i++)
                     products[i][key] = _mm256_fmadd_ps(parts[i], own, products[i][key]);
             }
@@ -95,8 +97,8 @@ INLINE void score(const float* q, const float* keys, size_t dim, float* scores, 
 }
 
 // out += weights · values of a block's keys, for Registers of the dimensions, of Count queries.
-template <size_t Count, size_t Registers>
-INLINE void gather(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out, size_t d) {
+template <size_t Count, size_t Registers, typename Stored>
+INLINE void gather(const float (*weights)[KEYS], const Stored* values, size_t dim, size_t keys, float* const* out, size_t d) {
     Reals total[Count][Registers];
     UNROLLED for (size_t i = 0; i < Count; i++)
         UNROLLED for (size_t r = 0; r < Registers; r++) total[i][r] = load(out[i] + d + r * LANES);
@@ -112,8 +114,8 @@ INLINE void gather(const float (*weights)[KEYS], const float* values, size_t dim
         UNROLLED for (size_t r = 0; r < Registers; r++) store(out[i] + d + r * LANES, total[i][r]);
 }
 
-template <size_t Count>
-INLINE void gather_all(const float (*weights)[KEYS], const float* values, size_t dim, size_t keys, float* const* out) {
+template <size_t Count, typename Stored>
+INLINE void gather_all(const float (*weights)[KEYS], const Stored* values, size_t dim, size_t keys, float* const* out) {
     constexpr size_t REGISTERS = LANES == 8 && Count == 1 ? 8 : 4;
     size_t d = 0;
     for (; d + REGISTERS * LANES <= dim; d += REGISTERS * LANES) gather<Count, REGISTERS>(weights, values, dim, keys, out, d);
@@ -141,7 +143,8 @@ struct Work {
     size_t head(size_t i) const { return (first + i) / asking->size(); }
 };
 
-inline void attend(const Attention& a, const Work& work) {
+template <typename Stored>
+void attend(const Attention<Stored>& a, const Work& work) {
     const size_t sequence = work.sequence, kv_head = work.kv_head, count = work.count;
     const size_t n = a.rows(sequence), group = a.heads / a.kv_heads, dim = a.dim;
     const size_t past = a.lengths[sequence], begin = a.begins[sequence];
@@ -160,7 +163,7 @@ inline void attend(const Attention& a, const Work& work) {
     for (auto& each : most) each = all(NEVER);
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS;
-        const float* keys = a.past_k + a.place(sequence, block, kv_head);
+        const Stored* keys = a.past_k + a.place(sequence, block, kv_head);
         fetch(block + 1 < blocks ? a.past_k + a.place(sequence, block + 1, kv_head) : a.past_v + a.place(sequence, 0, kv_head), dim);
         some_at_a_time(count, [&](size_t i, auto n) {
             score<n>(&queries[i * dim], keys, dim, &scores[i * width + start], width);
@@ -180,7 +183,7 @@ inline void attend(const Attention& a, const Work& work) {
     for (size_t i = 0; i < count; i++) highest[i] = all(largest(most[i]));
     for (size_t block = 0; block < blocks; block++) {
         const size_t start = block * KEYS, keys = std::min(KEYS, seen - start);
-        const float* values = a.past_v + a.place(sequence, block, kv_head);
+        const Stored* values = a.past_v + a.place(sequence, block, kv_head);
         if (block + 1 < blocks) fetch(a.past_v + a.place(sequence, block + 1, kv_head), dim);
         alignas(64) float weights[QUERIES][KEYS];
         for (size_t i = 0; i < count; i++) {
@@ -202,21 +205,25 @@ inline void attend(const Attention& a, const Work& work) {
 }
 
 // K/V of the call's rows into the pool, behind what their sequences hold.
-inline void append(const Attention& a) {
+template <typename Stored>
+void append(const Attention<Stored>& a) {
     for (size_t sequence = 0; sequence < a.sequences; sequence++)
         for (size_t row = 0; row < a.rows(sequence); row++) {
             const size_t at = a.lengths[sequence] + row;
             for (size_t head = 0; head < a.kv_heads; head++) {
                 const size_t from = ((a.begins[sequence] + row) * a.kv_heads + head) * a.dim;
                 const size_t to = a.place(sequence, at / KEYS, head) + at % KEYS * a.dim;
-                std::memcpy(a.past_k + to, a.k + from, a.dim * sizeof(float));
-                std::memcpy(a.past_v + to, a.v + from, a.dim * sizeof(float));
+                for (size_t d = 0; d < a.dim; d += 8) {
+                    store(a.past_k + to + d, eight(a.k + from + d));
+                    store(a.past_v + to + d, eight(a.v + from + d));
+                }
             }
         }
 }
 
 // The operator. D is a multiple of LANES. A row that sees no row of the call asks for nothing, and gets zeros.
-inline void attention(const Attention& a) {
+template <typename Stored>
+void attention(const Attention<Stored>& a) {
     append(a);
     const size_t rows = a.begins[a.sequences], group = a.heads / a.kv_heads;
     std::memset(a.out, 0, rows * a.heads * a.dim * sizeof(float));

@@ -74,7 +74,8 @@ public:
 };
 
 // Inputs: q [R, H · D], k, v [R, Hkv · D], and what export/paged_graph.py tells of sequences and blocks. The pool, an input that may
-// show no more than its first block, is written to. What is told may lie in larger buffers: sequences end where all rows are theirs.
+// show no more than its first block, is written to; it holds f32, or, given as bytes, f16: OpenVINO would turn that into f32 in
+// front of us. What is told may lie in larger buffers: sequences end where all rows are theirs.
 class CascadeAttention : public Operator<CascadeAttention, Heads> {
 public:
     OPENVINO_OP("CascadeAttention", "d2sd");
@@ -89,21 +90,30 @@ public:
     }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const auto numbers = [&](size_t i) { return inputs[i].data<const int32_t>(); };
         outputs[0].set_shape(inputs[0].get_shape());
-        Attention a{};
+        if (inputs[3].get_element_type() == ov::element::u8)
+            attend_over<Half>(outputs, inputs);
+        else
+            attend_over<float>(outputs, inputs);
+        return true;
+    }
+
+private:
+    template <typename Stored>
+    void attend_over(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+        const auto numbers = [&](size_t i) { return inputs[i].data<const int32_t>(); };
+        Attention<Stored> a{};
         a.q = inputs[0].data<const float>(), a.k = inputs[1].data<const float>(), a.v = inputs[2].data<const float>();
-        a.past_k = const_cast<float*>(inputs[3].data<const float>());
-        a.past_v = const_cast<float*>(inputs[4].data<const float>());
+        a.past_k = static_cast<Stored*>(const_cast<void*>(inputs[3].data()));
+        a.past_v = static_cast<Stored*>(const_cast<void*>(inputs[4].data()));
         a.lengths = numbers(5), a.begins = numbers(6), a.blocks = numbers(7), a.block_begins = numbers(8);
         a.mask = inputs[9].data<const uint8_t>(), a.mask_begins = numbers(10);
         const int32_t rows = static_cast<int32_t>(inputs[0].get_shape()[0]);
         while (a.begins[a.sequences] < rows) a.sequences++;
         a.heads = static_cast<size_t>(m.heads), a.kv_heads = static_cast<size_t>(m.kv_heads);
-        a.dim = inputs[3].get_shape().back();
+        a.dim = inputs[0].get_shape().back() / a.heads;
         a.scale = static_cast<float>(m.scale), a.out = outputs[0].data<float>();
         attention(a);
-        return true;
     }
 };
 

@@ -13,6 +13,18 @@ namespace d2sd {
 
 constexpr size_t LINE = 64;  // bytes that are fetched at once
 
+struct Half {  // a float of 16 bits
+    uint16_t bits;
+};
+
+// Eight floats, of which some functions make do.
+INLINE __m256 eight(const float* at) { return _mm256_loadu_ps(at); }
+INLINE __m256 eight(const Half* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+INLINE void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }
+INLINE void store(Half* to, __m256 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 // Sums of eight registers, in one.
 INLINE __m256 sums(const __m256 (&x)[4], const __m256 (&y)[4]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
@@ -43,7 +55,7 @@ INLINE Reals zeros() { return _mm512_setzero_ps(); }
 INLINE Reals all(float x) { return _mm512_set1_ps(x); }
 INLINE Reals load(const float* at) { return _mm512_loadu_ps(at); }
 INLINE void store(float* to, Reals x) { _mm512_storeu_ps(to, x); }
-INLINE Reals halves(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+INLINE Reals load(const Half* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm512_fmadd_ps(a, b, sum); }
 INLINE Reals larger(Reals a, Reals b) { return _mm512_max_ps(a, b); }
 INLINE Reals nearest(Reals x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -80,9 +92,8 @@ using Integers = __m256i;
 
 INLINE Reals zeros() { return _mm256_setzero_ps(); }
 INLINE Reals all(float x) { return _mm256_set1_ps(x); }
-INLINE Reals load(const float* at) { return _mm256_loadu_ps(at); }
-INLINE void store(float* to, Reals x) { _mm256_storeu_ps(to, x); }
-INLINE Reals halves(const uint8_t* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+INLINE Reals load(const float* at) { return eight(at); }
+INLINE Reals load(const Half* at) { return eight(at); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm256_fmadd_ps(a, b, sum); }
 INLINE Reals larger(Reals a, Reals b) { return _mm256_max_ps(a, b); }
 INLINE Reals nearest(Reals x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

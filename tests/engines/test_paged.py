@@ -158,4 +158,5 @@ def test_a_pool_that_is_full():
     assert target.room(64)
     target.reset()
     assert sequence_blocks(64) == 2 + SCRATCH
-    assert block_bytes(target.graph.info) == 4 * BLOCK * (2 * 2 * 1 * 2 + 2)
+    assert block_bytes(target.graph.info, 4) == 4 * BLOCK * (2 * 2 * 1 * 2 + 2)
+    assert block_bytes(target.graph.info, 2) == BLOCK * (2 * 2 * 2 * 1 * 2 + 4 * 2)

@@ -9,10 +9,13 @@ import pytest
 
 from engines.paged import BLOCK
 
+KEPT = pytest.mark.parametrize("kept", [np.float32, np.float16], ids=["f32", "f16"])  # what the pools hold
 
-def operator(factory, heads, kv_heads, dim, scale):
-    kinds = [np.float32] * 3 + [np.float32] * 2 + [np.int32] * 4 + [np.uint8, np.int32]
-    shapes = [[-1, heads * dim], *[[-1, kv_heads * dim]] * 2, *[[-1, kv_heads, BLOCK, dim]] * 2, *[[-1]] * 6]
+
+def operator(factory, heads, kv_heads, dim, scale, kept):
+    pool, width = (np.float32, dim) if kept is np.float32 else (np.uint8, 2 * dim)
+    kinds = [np.float32] * 3 + [pool] * 2 + [np.int32] * 4 + [np.uint8, np.int32]
+    shapes = [[-1, heads * dim], *[[-1, kv_heads * dim]] * 2, *[[-1, kv_heads, BLOCK, width]] * 2, *[[-1]] * 6]
     inputs = [op.parameter(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
     node = factory.create("CascadeAttention", inputs, {"heads": heads, "kv_heads": kv_heads, "scale": scale})
     return ov.Core().compile_model(ov.Model([node.output(0)], inputs), "CPU").create_infer_request()
@@ -20,7 +23,7 @@ def operator(factory, heads, kv_heads, dim, scale):
 
 def run(request, given):
     for i, each in enumerate(given):
-        request.set_input_tensor(i, ov.Tensor(each, shared_memory=True))
+        request.set_input_tensor(i, ov.Tensor(each.view(np.uint8) if each.dtype == np.float16 else each, shared_memory=True))
     request.infer()
     return request.get_output_tensor().data.copy()
 
@@ -36,10 +39,11 @@ def expected(q, k, v, past, masks, lengths, scale):
     group = q.shape[1] // k.shape[1]
     for (past_k, past_v), mask, length in zip(past, masks, lengths, strict=True):
         n = len(mask)
-        keys, values = np.concatenate([past_k, k[begin : begin + n]]), np.concatenate([past_v, v[begin : begin + n]])
+        keys = np.concatenate([past_k, k[begin : begin + n]]).astype(np.float64)
+        values = np.concatenate([past_v, v[begin : begin + n]]).astype(np.float64)
         sees = np.concatenate([np.ones((n, length), bool), mask], 1)
         for head in range(q.shape[1]):
-            scores = q[begin : begin + n, head] @ keys[:, head // group].astype(np.float64).T * scale
+            scores = q[begin : begin + n, head] @ keys[:, head // group].T * scale
             weights = np.where(sees, np.exp(scores - np.where(sees, scores, -np.inf).max(-1, keepdims=True)), 0)
             out[begin : begin + n, head] = weights / weights.sum(-1, keepdims=True) @ values[:, head // group]
         begin += n
@@ -52,12 +56,13 @@ CASES = [([0], [1]), ([31], [1]), ([32], [2]), ([33], [8]), ([700], [12]), ([0, 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (6, 2, 80), (1, 1, 128)])
 @pytest.mark.parametrize(("lengths", "counts"), CASES, ids=str)
-def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, dim, lengths, counts):
+@KEPT
+def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, dim, lengths, counts, kept):
     rng = np.random.default_rng(heads + len(lengths))
     scale = dim**-0.5
     blocks = [-(-(length + n) // BLOCK) for length, n in zip(lengths, counts, strict=True)]
     order = rng.permutation(sum(blocks) + 3).astype(np.int32)
-    pools = [rng.normal(size=(len(order), kv_heads, BLOCK, dim)).astype(np.float32) for _ in "kv"]
+    pools = [rng.normal(size=(len(order), kv_heads, BLOCK, dim)).astype(kept) for _ in "kv"]
     q, k, v = (rng.normal(size=(sum(counts), width, dim)).astype(np.float32) * 3 for width in (heads, kv_heads, kv_heads))
     masks = [tree_mask(rng, n) for n in counts]
     begins = np.cumsum([0, *blocks])
@@ -67,20 +72,21 @@ def test_a_row_sees_its_past_and_what_its_mask_says(factory, heads, kv_heads, di
         for table, length in zip(tables, lengths, strict=True)
     ]
     spare = [pool[order[begins[-1] :]].copy() for pool in pools]
+    own_k, own_v = k.astype(kept), v.astype(kept)
     flat = [np.ascontiguousarray(x.reshape(len(x), -1)) for x in (q, k, v)]
     told = [lengths, np.cumsum([0, *counts]), order[: begins[-1]], begins]
     numbers = [np.array(each, np.int32) for each in told]
     bias = np.concatenate([mask.reshape(-1) for mask in masks]).astype(np.uint8)
     squares = np.cumsum([0, *(n * n for n in counts)]).astype(np.int32)
-    out = run(operator(factory, heads, kv_heads, dim, scale), [*flat, *pools, *numbers, bias, squares])
-    np.testing.assert_allclose(out.reshape(q.shape), expected(q, k, v, past, masks, lengths, scale), atol=2e-5)
-    for pool, new, kept in zip(pools, (k, v), spare, strict=True):
+    out = run(operator(factory, heads, kv_heads, dim, scale, kept), [*flat, *pools, *numbers, bias, squares])
+    np.testing.assert_allclose(out.reshape(q.shape), expected(q, own_k, own_v, past, masks, lengths, scale), atol=2e-5)
+    for pool, new, others in zip(pools, (own_k, own_v), spare, strict=True):
         begin = 0
         for table, length, n in zip(tables, lengths, counts, strict=True):
             rows = pool[table].swapaxes(1, 2).reshape(-1, kv_heads, dim)
             np.testing.assert_array_equal(rows[length : length + n], new[begin : begin + n], "it lies behind the past")
             begin += n
-        np.testing.assert_array_equal(pool[order[begins[-1] :]], kept, "nobody else's block is touched")
+        np.testing.assert_array_equal(pool[order[begins[-1] :]], others, "nobody else's block is touched")
 
 
 def test_a_row_that_sees_none_of_its_call_asks_for_nothing(factory):
@@ -91,7 +97,7 @@ def test_a_row_that_sees_none_of_its_call_asks_for_nothing(factory):
     past = [tuple(pool[1].swapaxes(0, 1)[:5].copy() for pool in pools)]
     numbers = [np.array(each, np.int32) for each in ([5], [0, 3], [1], [0, 1])]
     given = [q, k, v, *pools, *numbers, mask.reshape(-1).astype(np.uint8), np.array([0, 9], np.int32)]
-    out = run(operator(factory, 1, 1, 16, 0.5), given)
+    out = run(operator(factory, 1, 1, 16, 0.5, np.float32), given)
     want = expected(q[:, None], k[:, None], v[:, None], past, [mask], [5], 0.5)[:, 0]
     np.testing.assert_allclose(out[1], want[1], atol=2e-6)
     assert not out[[0, 2]].any()
@@ -104,11 +110,12 @@ def test_scores_far_apart(factory):
     pools = [np.full((2, 1, BLOCK, 16), -1.0, np.float32), np.full((2, 1, BLOCK, 16), 5.0, np.float32)]
     numbers = [np.array(each, np.int32) for each in ([40], [0, 1], [0, 1], [0, 2])]
     given = [q, k, np.full((1, 16), 7.0, np.float32), *pools, *numbers, np.ones(1, np.uint8), np.array([0, 1], np.int32)]
-    np.testing.assert_allclose(run(operator(factory, 1, 1, 16, 1.0), given), np.full((1, 16), 7.0))
+    np.testing.assert_allclose(run(operator(factory, 1, 1, 16, 1.0, np.float32), given), np.full((1, 16), 7.0))
 
 
 @pytest.mark.parametrize("length", [0, 25, 31, 64, 700])
-def test_a_row_of_a_tree_is_that_of_a_chain_to_the_bit(factory, length):
+@KEPT
+def test_a_row_of_a_tree_is_that_of_a_chain_to_the_bit(factory, length, kept):
     """Keys that a row does not see lie between those that it does, over a block's border, and change nothing at all."""
     rng = np.random.default_rng(length)
     heads, kv_heads, dim, n = 6, 2, 64, 12
@@ -118,14 +125,14 @@ def test_a_row_of_a_tree_is_that_of_a_chain_to_the_bit(factory, length):
     for place, row in enumerate(path):
         mask[row] = False
         mask[row, path[: place + 1]] = True
-    pools = [rng.normal(size=(-(-(length + n) // BLOCK), kv_heads, BLOCK, dim)).astype(np.float32) for _ in "kv"]
+    pools = [rng.normal(size=(-(-(length + n) // BLOCK), kv_heads, BLOCK, dim)).astype(kept) for _ in "kv"]
 
     def called(rows, mask):
         tables = np.arange(len(pools[0]), dtype=np.int32)
         numbers = [np.array(each, np.int32) for each in ([length], [0, len(rows)], tables, [0, len(tables)])]
         given = [np.ascontiguousarray(x[rows]) for x in (q, k, v)] + [pool.copy() for pool in pools] + numbers
         bias = [mask.reshape(-1).astype(np.uint8), np.array([0, mask.size], np.int32)]
-        return run(operator(factory, heads, kv_heads, dim, dim**-0.5), given + bias)
+        return run(operator(factory, heads, kv_heads, dim, dim**-0.5, kept), given + bias)
 
     tree = called(list(range(n)), mask)[path]
     np.testing.assert_array_equal(tree, called(path, np.tri(len(path), dtype=bool)))
