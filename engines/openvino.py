@@ -17,6 +17,7 @@ from engines import openvino_operators
 from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
 from engines.memory import free_memory
+from engines.openvino_fusion import fuse
 from engines.paged import BLOCK
 from plugins.openvino.library import Library
 
@@ -124,6 +125,8 @@ class OpenVinoGraph:
         self._buffers: dict[Form, dict[str, NDArray]] = {}  # where all shapes are fixed: what a call is told
         try:
             self._model = self._core.read_model(path)
+            if operators:
+                fuse(self._model, operators)
             for binding in self._model.inputs:
                 if binding.get_any_name() in self._held:
                     binding.get_node().set_element_type(kind)

@@ -10,6 +10,7 @@
 #include <tbb/parallel_for.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -25,11 +26,39 @@ constexpr size_t GROUP = 32;               // of a row's values that share a sca
 constexpr size_t COLUMNS = 32;             // that rows, as many as a form's ROWS, are multiplied with at once
 constexpr size_t TILES = COLUMNS / LANES;  // registers of them
 
-// A matrix, and where the product with it goes: y[rows, columns].
+// What rows are made of, [rows, depth] each: x itself; x normed, x / sqrt(mean(x²) + epsilon) · norm[depth] (RMSNorm); or x let
+// through by a gate, gate · sigmoid(gate) · x (SwiGLU).
+struct Given {
+    const float *x, *norm, *gate;  // of the last two at most one
+    float epsilon;
+
+    bool plain() const { return !norm && !gate; }
+
+    // A row's values, in `own` unless they lie somewhere.
+    const float* row(size_t row, size_t depth, float* own) const {
+        const float* from = x + row * depth;
+        if (plain()) return from;
+        if (norm) {
+            Reals squares = zeros();
+            for (size_t k = 0; k < depth; k += LANES) squares = multiply_add(load(from + k), load(from + k), squares);
+            const Reals scale = all(1.0f / std::sqrt(total(squares) / static_cast<float>(depth) + epsilon));
+            for (size_t k = 0; k < depth; k += LANES) store(own + k, load(from + k) * scale * load(norm + k));
+        } else {
+            for (size_t k = 0; k < depth; k += LANES) {
+                const Reals open = load(gate + row * depth + k);
+                store(own + k, open / (all(1.0f) + exponential(zeros() - open)) * load(from + k));
+            }
+        }
+        return own;
+    }
+};
+
+// A matrix, and where the product with it goes: y[rows, columns], to which what was there before is added, if anything.
 struct Matrix {
     const uint8_t* packed;
     size_t columns;
     float* y;
+    const float* before;
 
     size_t parts() const { return (columns + COLUMNS - 1) / COLUMNS; }
 };
@@ -87,13 +116,17 @@ INLINE void round_group(const float* x, Code* codes, float* scale, float* sum, i
 template <typename Code>
 class Rounded {
 public:
-    Rounded(const float* x, size_t rows, size_t depth)
+    Rounded(const Given& given, size_t rows, size_t depth)
         : depth(depth), codes(new Code[rows * depth]), numbers(new float[2 * rows * depth / GROUP]),
           totals(new int32_t[2 * rows * depth / GROUP]), sums(&numbers[rows * depth / GROUP]) {
         const size_t groups = depth / GROUP;
         const auto some = [&](const tbb::blocked_range<size_t>& range) {
-            for (size_t at = range.begin() * groups; at < range.end() * groups; at++)
-                round_group(x + at * GROUP, &codes[at * GROUP], &numbers[at], sums + at, &totals[2 * at]);
+            std::vector<float> own(given.plain() ? 0 : depth);
+            for (size_t row = range.begin(); row < range.end(); row++) {
+                const float* x = given.row(row, depth, own.data());
+                for (size_t at = row * groups; at < (row + 1) * groups; at++, x += GROUP)
+                    round_group(x, &codes[at * GROUP], &numbers[at], sums + at, &totals[2 * at]);
+            }
         };
         if (rows > 16)
             tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 8), some);
@@ -125,13 +158,13 @@ INLINE Reals numbers_of(const uint8_t* at) {
         return load(reinterpret_cast<const float*>(at));
 }
 
-INLINE void put(Reals values, float* to, size_t columns) {
+INLINE void put(Reals values, float* to, const float* before, size_t columns) {
     if (columns >= LANES) {
-        store(to, values);
+        store(to, before ? load(before) + values : values);
     } else {
         float some[LANES];
         store(some, values);
-        std::memcpy(to, some, columns * sizeof(float));
+        for (size_t i = 0; i < columns; i++) to[i] = before ? before[i] + some[i] : some[i];
     }
 }
 
@@ -246,8 +279,9 @@ void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, 
     }
     for (size_t r = 0; r < R; r++)
         for (size_t t = 0; t < TILES; t++) {
-            const size_t at = column + t * LANES;
-            if (at < matrix.columns) put(out[r][t], matrix.y + (row + r) * matrix.columns + at, matrix.columns - at);
+            const size_t at = column + t * LANES, place = (row + r) * matrix.columns + at;
+            if (at < matrix.columns)
+                put(out[r][t], matrix.y + place, matrix.before ? matrix.before + place : nullptr, matrix.columns - at);
         }
 }
 
@@ -271,25 +305,27 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::v
 }
 
 template <template <size_t, bool> class Bits, size_t Block, bool Halves>
-void multiply_as(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
+void multiply_as(const Given& given, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
     using Form = Bits<Block, Halves>;
     if constexpr (std::is_same_v<typename Form::Code, float>) {
-        multiply_rows<Form, Block>({depth, x, nullptr, nullptr, nullptr}, rows, matrices);
+        std::vector<float> own(given.plain() ? 0 : rows * depth);
+        for (size_t row = 0; row < rows && !given.plain(); row++) given.row(row, depth, &own[row * depth]);
+        multiply_rows<Form, Block>({depth, given.plain() ? given.x : own.data(), nullptr, nullptr, nullptr}, rows, matrices);
     } else {
-        const Rounded<typename Form::Code> rounded(x, rows, depth);
+        const Rounded<typename Form::Code> rounded(given, rows, depth);
         multiply_rows<Form, Block>(rounded.rows(), rows, matrices);
     }
 }
 
 // y[rows, columns] = x[rows, depth] · W for matrices of one form. Blocks are of 32 with 4 bits or 32, of 32 or 16 with 8; half:
 // scales and minima are f16.
-inline void multiply(const float* x, size_t rows, size_t depth, const std::vector<Matrix>& matrices, int64_t bits,
+inline void multiply(const Given& given, size_t rows, size_t depth, const std::vector<Matrix>& matrices, int64_t bits,
                      int64_t block, bool half) {
     const auto as = bits == 32    ? multiply_as<Floats, 32, false>
                     : bits == 4   ? (half ? multiply_as<FourBits, 32, true> : multiply_as<FourBits, 32, false>)
                     : block == 32 ? (half ? multiply_as<EightBits, 32, true> : multiply_as<EightBits, 32, false>)
                                   : (half ? multiply_as<EightBits, 16, true> : multiply_as<EightBits, 16, false>);
-    as(x, rows, depth, matrices);
+    as(given, rows, depth, matrices);
 }
 
 }  // namespace d2sd

@@ -34,28 +34,32 @@ struct Attention {
     const int32_t *lengths, *begins, *blocks, *block_begins;
     const uint8_t* mask;
     const int32_t* mask_begins;
+    const float *cosines, *sines;  // [R, D] of the rows' positions, or nullptr where queries and keys are turned already
     size_t sequences, heads, kv_heads, dim;
     float scale;
     float* out;  // [R, H · D]
 
     size_t rows(size_t sequence) const { return begins[sequence + 1] - begins[sequence]; }
 
+    // A query or key of a row, turned by its position (RoPE): each half of it by the other.
+    void turn(const float* from, size_t row, float* to) const {
+        if (!cosines) {
+            std::memcpy(to, from, dim * sizeof(float));
+            return;
+        }
+        const float *c = cosines + row * dim, *s = sines + row * dim;
+        const size_t half = dim / 2;
+        for (size_t d = 0; d < half; d++) {
+            to[d] = from[d] * c[d] - from[d + half] * s[d];
+            to[d + half] = from[d + half] * c[d + half] + from[d] * s[d + half];
+        }
+    }
+
     // Where a block's keys or values begin.
     size_t place(size_t sequence, size_t block, size_t head) const {
         return (static_cast<size_t>(blocks[block_begins[sequence] + block]) * kv_heads + head) * KEYS * dim;
     }
 };
-
-// exp, for x up to 0, to 2e-7: 2^n times a polynomial on half an octave (coefficients: Cephes' expf).
-INLINE Reals exponential(Reals x) {
-    x = larger(x, all(-87.3f));
-    const Reals n = nearest(x * all(1.44269504f));
-    const Reals r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
-    Reals p = all(1.9875691500e-4f);
-    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = multiply_add(p, r, all(next));
-    return times_power_of_two(multiply_add(p, r * r, r) + all(1.0f), n);
-}
 
 // Numbers in a register: GCC would read them from memory again for every use.
 template <typename Register>
@@ -153,7 +157,8 @@ void attend(const Attention<Stored>& a, const Work& work) {
     size_t seen = past;  // keys, of which the mask hides some
     for (size_t i = 0; i < count; i++) {
         const size_t at = ((begin + work.row(i)) * a.heads + kv_head * group + work.head(i)) * dim;
-        for (size_t d = 0; d < dim; d++) queries[i * dim + d] = a.q[at + d] * a.scale;
+        a.turn(a.q + at, begin + work.row(i), &queries[i * dim]);
+        for (size_t d = 0; d < dim; d++) queries[i * dim + d] *= a.scale;
         out[i] = a.out + at;
         seen = std::max(seen, past + work.row(i) + 1);  // no row sees a later one
     }
@@ -207,14 +212,16 @@ void attend(const Attention<Stored>& a, const Work& work) {
 // K/V of the call's rows into the pool, behind what their sequences hold.
 template <typename Stored>
 void append(const Attention<Stored>& a) {
+    std::vector<float> key(a.dim);
     for (size_t sequence = 0; sequence < a.sequences; sequence++)
         for (size_t row = 0; row < a.rows(sequence); row++) {
             const size_t at = a.lengths[sequence] + row;
             for (size_t head = 0; head < a.kv_heads; head++) {
                 const size_t from = ((a.begins[sequence] + row) * a.kv_heads + head) * a.dim;
                 const size_t to = a.place(sequence, at / KEYS, head) + at % KEYS * a.dim;
+                a.turn(a.k + from, a.begins[sequence] + row, key.data());
                 for (size_t d = 0; d < a.dim; d += 8) {
-                    store(a.past_k + to + d, eight(a.k + from + d));
+                    store(a.past_k + to + d, eight(&key[d]));
                     store(a.past_v + to + d, eight(a.v + from + d));
                 }
             }

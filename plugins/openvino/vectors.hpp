@@ -25,6 +25,12 @@ INLINE void store(Half* to, __m256 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+INLINE float total(__m256 x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
 // Sums of eight registers, in one.
 INLINE __m256 sums(const __m256 (&x)[4], const __m256 (&y)[4]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
@@ -58,12 +64,14 @@ INLINE void store(float* to, Reals x) { _mm512_storeu_ps(to, x); }
 INLINE Reals load(const Half* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm512_fmadd_ps(a, b, sum); }
 INLINE Reals larger(Reals a, Reals b) { return _mm512_max_ps(a, b); }
+INLINE Reals smaller(Reals a, Reals b) { return _mm512_min_ps(a, b); }
 INLINE Reals nearest(Reals x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Reals times_power_of_two(Reals x, Reals whole) { return _mm512_scalef_ps(x, whole); }
 INLINE Reals where_not(Reals x, float is, Reals given) {  // else 0
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(is), _CMP_NEQ_OQ), given);
 }
 INLINE float largest(Reals x) { return _mm512_reduce_max_ps(x); }
+INLINE float total(Reals x) { return _mm512_reduce_add_ps(x); }
 INLINE Reals real(Integers x) { return _mm512_cvtepi32_ps(x); }
 INLINE Integers integers(Reals x) { return _mm512_cvtps_epi32(x); }
 INLINE Integers sum(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
@@ -96,6 +104,7 @@ INLINE Reals load(const float* at) { return eight(at); }
 INLINE Reals load(const Half* at) { return eight(at); }
 INLINE Reals multiply_add(Reals a, Reals b, Reals sum) { return _mm256_fmadd_ps(a, b, sum); }
 INLINE Reals larger(Reals a, Reals b) { return _mm256_max_ps(a, b); }
+INLINE Reals smaller(Reals a, Reals b) { return _mm256_min_ps(a, b); }
 INLINE Reals nearest(Reals x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Reals times_power_of_two(Reals x, Reals whole) {
     const Integers power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
@@ -121,5 +130,16 @@ INLINE Integers eight_bits(const uint8_t* at) { return _mm256_cvtepi8_epi16(_mm_
 INLINE Integers dot_eight_bits(Integers sum, Integers a, Integers b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #endif
+
+// exp to 2e-7, of what is between -87 and 87: 2^n times a polynomial on half an octave (coefficients: Cephes' expf).
+INLINE Reals exponential(Reals x) {
+    x = smaller(larger(x, all(-87.3f)), all(87.3f));
+    const Reals n = nearest(x * all(1.44269504f));
+    const Reals r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
+    Reals p = all(1.9875691500e-4f);
+    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = multiply_add(p, r, all(next));
+    return times_power_of_two(multiply_add(p, r * r, r) + all(1.0f), n);
+}
 
 }  // namespace d2sd

@@ -179,3 +179,46 @@ def test_a_library_of_another_machine_is_left_alone(monkeypatch, tmp_path, capsy
     said = capsys.readouterr().out
     assert said.startswith(f"operators: {broken}: ")
     assert said.endswith("OpenVINO's own serve, at half the speed, until the build is made again here\n")
+
+
+@pytest.mark.parametrize("of", ["x", "norm", "gate"])
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_what_rows_are_made_of_and_what_is_added(factory, instructions, bits, of):
+    """Norm, gate and sum inside the operator are those beside it; a row is the same beside any others."""
+    rng = np.random.default_rng(7)
+    depth, columns = 96, 41
+    x, gate = (rng.normal(size=(33, depth)).astype(np.float32) * 20 for _ in range(2))
+    norm, before = rng.normal(size=depth).astype(np.float32), rng.normal(size=(33, columns)).astype(np.float32)
+    gate[0, :3] = -200, 200, 0  # shut, open, and neither
+    if bits == 32:
+        weights = rng.normal(size=(depth, columns)).astype(np.float32)
+        one = packed.pack_floats(weights, lanes=instructions.lanes)
+    else:
+        given = matrix(rng, bits, 32, depth, columns, minima=bits == 4)
+        one = packed.pack(*given, bits=bits, lanes=instructions.lanes)
+    more = {"x": [], "norm": [norm], "gate": [gate]}[of]
+    inputs = [
+        op.parameter([-1, depth], np.float32),
+        *(op.parameter([-1] * (each.ndim - 1) + [depth], np.float32) for each in more),
+    ]
+    last = op.parameter([-1, columns], np.float32)
+    about = {"columns": [columns], "bits": bits, "block": 32, "half": one.half, "of": of, "epsilon": 0.5, "adds": True}
+    node = factory.create("BlockMatMul", [*inputs, op.constant(one.data), last], about)
+    request = ov.Core().compile_model(ov.Model([node.output(0)], [*inputs, last]), "CPU").create_infer_request()
+
+    def run(rows):
+        return request.infer([x[rows], *(each[rows] if each.ndim == 2 else each for each in more), before[rows]])[0].copy()
+
+    wide = x.astype(np.float64)
+    if of == "norm":
+        wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.5) * norm
+    elif of == "gate":
+        wide = gate / (1 + np.exp(-gate.astype(np.float64))) * wide
+    rows = wide.astype(np.float32)
+    expected = before + (rows @ weights if bits == 32 else reference.block_matmul(rows, *given))
+    whole = run(slice(None))
+    # A value at the border of two codes may fall to the other one: a code of 127 in a row.
+    np.testing.assert_allclose(whole, expected, atol=np.abs(expected).max() * (1e-5 if bits == 32 else 2e-2))
+    assert np.median(np.abs(whole - expected)) < 1e-5 * np.abs(expected).max()
+    for start, count in ((0, 1), (3, 2), (10, 7), (32, 1)):
+        np.testing.assert_array_equal(run(slice(start, start + count)), whole[start : start + count])

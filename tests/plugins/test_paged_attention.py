@@ -12,12 +12,14 @@ from engines.paged import BLOCK
 KEPT = pytest.mark.parametrize("kept", [np.float32, np.float16], ids=["f32", "f16"])  # what the pools hold
 
 
-def operator(factory, heads, kv_heads, dim, scale, kept):
+def operator(factory, heads, kv_heads, dim, scale, kept, turns=False):
     pool, width = (np.float32, dim) if kept is np.float32 else (np.uint8, 2 * dim)
-    kinds = [np.float32] * 3 + [pool] * 2 + [np.int32] * 4 + [np.uint8, np.int32]
+    kinds = [np.float32] * 3 + [pool] * 2 + [np.int32] * 4 + [np.uint8, np.int32] + [np.float32] * 2 * turns
     shapes = [[-1, heads * dim], *[[-1, kv_heads * dim]] * 2, *[[-1, kv_heads, BLOCK, width]] * 2, *[[-1]] * 6]
+    shapes += [[-1, dim]] * 2 * turns
     inputs = [op.parameter(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-    node = factory.create("CascadeAttention", inputs, {"heads": heads, "kv_heads": kv_heads, "scale": scale})
+    about = {"heads": heads, "kv_heads": kv_heads, "scale": scale, "turns": turns}
+    node = factory.create("CascadeAttention", inputs, about)
     return ov.Core().compile_model(ov.Model([node.output(0)], inputs), "CPU").create_infer_request()
 
 
@@ -136,3 +138,34 @@ def test_a_row_of_a_tree_is_that_of_a_chain_to_the_bit(factory, length, kept):
 
     tree = called(list(range(n)), mask)[path]
     np.testing.assert_array_equal(tree, called(path, np.tri(len(path), dtype=bool)))
+
+
+@KEPT
+def test_queries_and_keys_are_turned_by_their_positions(factory, kept):
+    """As if they had come turned, the keys in the pool too."""
+    rng = np.random.default_rng(8)
+    heads, kv_heads, dim, n, length = 6, 2, 48, 5, 30
+    q, k, v = (rng.normal(size=(n, width * dim)).astype(np.float32) for width in (heads, kv_heads, kv_heads))
+    angles = rng.uniform(0, 7, (n, dim)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+
+    def turned(x):
+        x = x.reshape(n, -1, dim)
+        other = np.concatenate([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return (x * cos[:, None] + other * sin[:, None]).reshape(n, -1)
+
+    pools = [rng.normal(size=(2, kv_heads, BLOCK, dim)).astype(kept) for _ in "kv"]
+    numbers = [np.array(each, np.int32) for each in ([length], [0, n], [1, 0], [0, 2])]
+    told = [*numbers, tree_mask(rng, n).reshape(-1).astype(np.uint8), np.array([0, n * n], np.int32)]
+    results = []
+    for given, turns in (((turned(q), turned(k), v), False), ((q, k, v), True)):
+        own = [pool.copy() for pool in pools]
+        about = [cos, sin] if turns else []
+        results.append(
+            (run(operator(factory, heads, kv_heads, dim, dim**-0.5, kept, turns), [*given, *own, *told, *about]), own)
+        )
+    (expected, there), (out, here) = results
+    close = 1e-5 if kept is np.float32 else 4e-3  # a key between two halves may be rounded to either
+    np.testing.assert_allclose(out, expected, atol=close)
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=close)
