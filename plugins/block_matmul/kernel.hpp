@@ -128,8 +128,8 @@ public:
                     round_group(x, &codes[at * GROUP], &numbers[at], sums + at, &totals[2 * at]);
             }
         };
-        if (rows > 16)
-            tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 8), some);
+        if (rows * depth > (given.gate ? 6144 : 24576))
+            tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 4), some);
         else  // is done before another thread has woken
             some({0, rows});
     }
