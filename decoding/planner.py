@@ -34,8 +34,10 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM = 8  # where looking texts up has cost more than it won, it is done every so many cycles
+SELDOM = 8  # where looking texts up wins too little, it is done every so many cycles
 LOOKED_MEMORY = 1 / 64  # of what it won
+# Of a plain cycle, what it must win for each sequence beside the first, at most that of five: what is reckoned errs by as much.
+LOOKED_MARGIN, LOOKED_MOST = 0.01, 5
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -109,7 +111,7 @@ class Planner:
 
     def looks(self, bar: Bar) -> bool:
         """Step 0: whether to look the texts up."""
-        return self.won[bar.sequences] >= 0 or self.cycles % SELDOM == 0
+        return self._pays(bar.sequences) or self.cycles % SELDOM == 0
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
@@ -208,7 +210,8 @@ class Planner:
                 won = -min(plan.looked / plain, 1.0)
             elif seconds:
                 won = came / size - seconds / plain
-            self.won[size] += LOOKED_MEMORY * (won - self.won[size])
+            memory = LOOKED_MEMORY * (1 if self._pays(size) else SELDOM)  # a look among so many cycles stands for all of them
+            self.won[size] += memory * (won - self.won[size])
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -322,6 +325,10 @@ class Planner:
 
     def _bar(self, now: Situation) -> Bar:
         return self.bar(len(now.sequences), now.context, now.others)
+
+    def _pays(self, sequences: int) -> bool:
+        """Whether looking texts up has won enough."""
+        return self.won[sequences] >= LOOKED_MARGIN * min(sequences - 1, LOOKED_MOST)
 
     def _rests(self, where: tuple[int, int]) -> bool:
         """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""
