@@ -34,10 +34,9 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM = 8  # where looking texts up wins too little, it is done every so many cycles
+SELDOM = 8  # where looking texts up wins too little, it is done every so many cycles, and for many sequences less often
 LOOKED_MEMORY = 1 / 64  # of what it won
-# Of a plain cycle, what it must win for each sequence beside the first, at most that of five: what is reckoned errs by as much.
-LOOKED_MARGIN, LOOKED_MOST = 0.01, 5
+LOOKED_MARGIN, LOOKED_MOST = 0.01, 0.1  # of a plain cycle, what it must win for each further sequence: so much may be misjudged
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -111,7 +110,7 @@ class Planner:
 
     def looks(self, bar: Bar) -> bool:
         """Step 0: whether to look the texts up."""
-        return self._pays(bar.sequences) or self.cycles % SELDOM == 0
+        return self._pays(bar.sequences) or self.cycles % (SELDOM * (1 + bar.sequences) // 2) == 0
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
@@ -328,7 +327,7 @@ class Planner:
 
     def _pays(self, sequences: int) -> bool:
         """Whether looking texts up has won enough."""
-        return self.won[sequences] >= LOOKED_MARGIN * min(sequences - 1, LOOKED_MOST)
+        return self.won[sequences] >= min(LOOKED_MARGIN * (sequences - 1), LOOKED_MOST)
 
     def _rests(self, where: tuple[int, int]) -> bool:
         """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""
