@@ -34,7 +34,10 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM = 8  # where looking texts up wins too little, it is done every so many cycles, and for many sequences less often
+SELDOM, RARELY = (
+    8,
+    32,
+)  # where looking texts up wins too little, it is done every so many cycles: of one sequence, of four or more
 LOOKED_MEMORY = 1 / 64  # of what it won
 LOOKED_MARGIN, LOOKED_MOST = 0.01, 0.1  # of a plain cycle, what it must win for each further sequence: so much may be misjudged
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
@@ -79,7 +82,7 @@ class Planner:
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
-        self.won: defaultdict[int, float] = defaultdict(float)  # by sequences: share of a plain cycle that a look up has won
+        self.won: dict[int, float] = {}  # by sequences: share of a plain cycle that a look up has won; at first just enough
         self.bars: dict[int, Bar] = {}  # by sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
@@ -110,7 +113,7 @@ class Planner:
 
     def looks(self, bar: Bar) -> bool:
         """Step 0: whether to look the texts up."""
-        return self._pays(bar.sequences) or self.cycles % (SELDOM * (1 + bar.sequences) // 2) == 0
+        return self._pays(bar.sequences) or self.cycles % min(SELDOM * bar.sequences, RARELY) == 0
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
@@ -210,7 +213,8 @@ class Planner:
             elif seconds:
                 won = came / size - seconds / plain
             memory = LOOKED_MEMORY * (1 if self._pays(size) else SELDOM)  # a look among so many cycles stands for all of them
-            self.won[size] += memory * (won - self.won[size])
+            known = self.won.get(size, _enough(size))
+            self.won[size] = known + memory * (won - known)
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -327,7 +331,7 @@ class Planner:
 
     def _pays(self, sequences: int) -> bool:
         """Whether looking texts up has won enough."""
-        return self.won[sequences] >= min(LOOKED_MARGIN * (sequences - 1), LOOKED_MOST)
+        return self.won.get(sequences, _enough(sequences)) >= _enough(sequences)
 
     def _rests(self, where: tuple[int, int]) -> bool:
         """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""
@@ -356,6 +360,11 @@ class _Verified:
 
 def _margin(sequences: int) -> float:
     return MARGIN + CROWD * (sequences - 1)
+
+
+def _enough(sequences: int) -> float:
+    """That looking texts up must win of a plain cycle, to be done in every one."""
+    return min(LOOKED_MARGIN * (sequences - 1), LOOKED_MOST)
 
 
 def _where(now: Situation) -> tuple[int, int]:

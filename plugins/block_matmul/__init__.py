@@ -11,7 +11,7 @@
 Several matrices may meet the same x: the tensors of each follow, attribute ``tensors`` (ints) says how many they are, and each
 has a y.
 
-``kernel.hpp`` multiplies codes with codes, and floats with floats, on x86 with AVX2, ``reference.py`` says what products of
+``kernel.hpp`` multiplies codes with codes, and floats with floats, on x86, ``reference.py`` says what products of
 codes must give, ``packed.py`` in what order it takes the weights, and ``plugins/openvino`` compiles it into an operator of
 OpenVINO's. Graphs have the operator only where OpenVINO reads them (``export/paged_graph.py``); every other runtime gets ONNX's
 ``DequantizeLinear`` and ``MatMul``.

@@ -239,7 +239,7 @@ def test_with_several_streams_looking_texts_up_must_win_more(won, always):
             plan.looked = 0.01
         tree = plan.kind == "text"
         own.learn(plan, 16 if tree else 8, bar.seconds * (2 - won if tree else 1))
-    assert sum(looked[100:]) == (100 if always else pytest.approx(100 / (planner.SELDOM * 9 // 2), abs=1))
+    assert sum(looked[100:]) == (100 if always else pytest.approx(100 / planner.RARELY, abs=1))
 
 
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
