@@ -34,10 +34,7 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM, RARELY = (
-    8,
-    32,
-)  # where looking texts up wins too little, it is done every so many cycles: of one sequence, of four or more
+SELDOM, RARELY = 8, 32  # where looking texts up wins too little, it is done every so many cycles, with one sequence or many
 LOOKED_MEMORY = 1 / 64  # of what it won
 LOOKED_MARGIN, LOOKED_MOST = 0.01, 0.1  # of a plain cycle, what it must win for each further sequence: so much may be misjudged
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in

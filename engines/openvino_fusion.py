@@ -35,9 +35,8 @@ def _fuse_product(node: Any, factory: Any) -> None:
     if len(outputs) == 1 and len(users := list(outputs[0].get_target_inputs())) == 1:
         user = users[0].get_node()
         others = [value for value in user.input_values() if value != outputs[0]]
-        if user.get_type_name() == "Add" and [other.get_partial_shape() for other in others] == [
-            outputs[0].get_partial_shape()
-        ]:
+        alike = [value.get_partial_shape() == outputs[0].get_partial_shape() for value in others] == [True]
+        if user.get_type_name() == "Add" and alike:  # a bias is none
             outputs, before = [user.output(0)], others
     if made_of or before:
         about = _attributes(node, "columns", "bits", "block", "half") | made_of | {"adds": bool(before)}
@@ -63,15 +62,13 @@ def _fuse_attention(node: Any, factory: Any) -> None:
 
 def _turned(value: Any) -> tuple[Any, Any, Any] | None:
     """Rows of ``x · cos + (-second half, first half) · sin``, ``[1, H, R, D]``: x as ``[1, R, H, D]``, cos and sin."""
-    from openvino.passes import AnyInput, WrapType
-
-    x, cos, sin, begin, end = (AnyInput() for _ in range(5))
-    heads = WrapType("opset13.Transpose", [x, AnyInput()])
-    second = WrapType("opset13.Slice", [heads, begin, AnyInput(), AnyInput(), AnyInput()])
-    first = WrapType("opset13.Slice", [heads, AnyInput(), end, AnyInput(), AnyInput()])
-    other = WrapType("opset13.Concat", [WrapType("opset13.Negative", [second]), first])
-    sum_ = WrapType("opset13.Add", [WrapType("opset13.Multiply", [heads, cos]), WrapType("opset13.Multiply", [other, sin])])
-    found = _match(WrapType("opset13.Reshape", [WrapType("opset13.Transpose", [sum_, AnyInput()]), AnyInput()]), value)
+    x, cos, sin, begin, end = (_any() for _ in range(5))
+    heads = _op("Transpose", x, _any())
+    second = _op("Slice", heads, begin, _any(), _any(), _any())
+    first = _op("Slice", heads, _any(), end, _any(), _any())
+    turned = _op("Multiply", _op("Concat", _op("Negative", second), first), sin)
+    rows = _op("Reshape", _op("Transpose", _op("Add", _op("Multiply", heads, cos), turned), _any()), _any())
+    found = _match(rows, value)
     if found is None or {_number(found[begin]), _number(found[end])} != {found[x].get_partial_shape()[3].get_length() // 2}:
         return None
     return found[x], found[cos], found[sin]
@@ -79,19 +76,10 @@ def _turned(value: Any) -> tuple[Any, Any, Any] | None:
 
 def _normed(value: Any) -> tuple[list[Any], Attributes] | None:
     """``x / sqrt(mean(x²) + epsilon) · norm``: x and norm, and epsilon."""
-    from openvino.passes import AnyInput, WrapType
-
-    x, power, axis, norm, epsilon = (
-        AnyInput(),
-        AnyInput(),
-        AnyInput(),
-        WrapType("opset13.Constant"),
-        WrapType("opset13.Constant"),
-    )
-    mean = WrapType("opset13.ReduceMean", [WrapType("opset13.Power", [x, power]), axis])
-    root = WrapType("opset13.Sqrt", [WrapType("opset13.Add", [mean, epsilon])])
-    scaled = WrapType("opset13.Multiply", [x, WrapType("opset13.Divide", [AnyInput(), root])])
-    found = _match(WrapType("opset13.Multiply", [norm, scaled]), value)
+    x, power, axis, norm, epsilon = _any(), _any(), _any(), _op("Constant"), _op("Constant")
+    mean = _op("ReduceMean", _op("Power", x, power), axis)
+    root = _op("Sqrt", _op("Add", mean, epsilon))
+    found = _match(_op("Multiply", norm, _op("Multiply", x, _op("Divide", _any(), root))), value)
     if found is None or _number(found[power]) != 2 or _number(found[axis]) != -1:
         return None
     return [found[x], found[norm]], {"of": "norm", "epsilon": _number(found[epsilon])}
@@ -99,12 +87,23 @@ def _normed(value: Any) -> tuple[list[Any], Attributes] | None:
 
 def _gated(value: Any) -> tuple[list[Any], Attributes] | None:
     """``gate · sigmoid(gate) · x``: x and gate."""
-    from openvino.passes import AnyInput, WrapType
-
-    x, gate = AnyInput(), AnyInput()
-    opened = WrapType("opset13.Multiply", [gate, WrapType("opset13.Sigmoid", [gate])])
-    found = _match(WrapType("opset13.Multiply", [opened, x]), value)
+    x, gate = _any(), _any()
+    found = _match(_op("Multiply", _op("Multiply", gate, _op("Sigmoid", gate)), x), value)
     return None if found is None else ([found[x], found[gate]], {"of": "gate"})
+
+
+def _op(kind: str, *inputs: Any) -> Any:
+    """A pattern: an operator of OpenVINO's."""
+    from openvino.passes import WrapType
+
+    return WrapType(f"opset13.{kind}", list(inputs)) if inputs else WrapType(f"opset13.{kind}")
+
+
+def _any() -> Any:
+    """A pattern: anything."""
+    from openvino.passes import AnyInput
+
+    return AnyInput()
 
 
 def _match(pattern: Any, value: Any) -> Values | None:

@@ -129,8 +129,8 @@ def _add_operators(place: Path) -> None:
 
     with replacing(place) as partial:
         try:
-            for file in library.compiled(cache_directory() / "operators"):
-                shutil.copy(file, partial)
+            for made in library.compiled(cache_directory() / "operators"):
+                shutil.copy(made.path, partial)
         except library.CompileError as error:
             print(f"operators: {error}", flush=True)
 

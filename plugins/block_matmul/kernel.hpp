@@ -53,6 +53,15 @@ struct Given {
     }
 };
 
+// of(first, last) for all rows, in parts where other threads are woken before one alone is done.
+template <typename Of>
+void over_rows(const Given& given, size_t rows, size_t depth, Of of) {
+    if (rows * depth > (given.gate ? 6144 : 24576))
+        tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 4), [&](const auto& range) { of(range.begin(), range.end()); });
+    else
+        of(0, rows);
+}
+
 // A matrix, and where the product with it goes: y[rows, columns], to which what was there before is added, if anything.
 struct Matrix {
     const uint8_t* packed;
@@ -99,7 +108,7 @@ INLINE void round_group(const float* x, Code* codes, float* scale, float* sum, i
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 values[4], most = _mm256_setzero_ps();
     for (int i = 0; i < 4; i++) {
-        values[i] = _mm256_loadu_ps(x + 8 * i);
+        values[i] = eight(x + EIGHT * i);
         most = _mm256_max_ps(most, _mm256_andnot_ps(sign, values[i]));
     }
     const float peak = largest(most);
@@ -120,18 +129,14 @@ public:
         : depth(depth), codes(new Code[rows * depth]), numbers(new float[2 * rows * depth / GROUP]),
           totals(new int32_t[2 * rows * depth / GROUP]), sums(&numbers[rows * depth / GROUP]) {
         const size_t groups = depth / GROUP;
-        const auto some = [&](const tbb::blocked_range<size_t>& range) {
+        over_rows(given, rows, depth, [&](size_t row, size_t last) {
             std::vector<float> own(given.plain() ? 0 : depth);
-            for (size_t row = range.begin(); row < range.end(); row++) {
+            for (; row < last; row++) {
                 const float* x = given.row(row, depth, own.data());
                 for (size_t at = row * groups; at < (row + 1) * groups; at++, x += GROUP)
                     round_group(x, &codes[at * GROUP], &numbers[at], sums + at, &totals[2 * at]);
             }
-        };
-        if (rows * depth > (given.gate ? 6144 : 24576))
-            tbb::parallel_for(tbb::blocked_range<size_t>(0, rows, 4), some);
-        else  // is done before another thread has woken
-            some({0, rows});
+        });
     }
 
     Rows<Code> rows() const { return {depth, codes.get(), numbers.get(), sums, totals.get()}; }
@@ -308,9 +313,12 @@ template <template <size_t, bool> class Bits, size_t Block, bool Halves>
 void multiply_as(const Given& given, size_t rows, size_t depth, const std::vector<Matrix>& matrices) {
     using Form = Bits<Block, Halves>;
     if constexpr (std::is_same_v<typename Form::Code, float>) {
-        std::vector<float> own(given.plain() ? 0 : rows * depth);
-        for (size_t row = 0; row < rows && !given.plain(); row++) given.row(row, depth, &own[row * depth]);
-        multiply_rows<Form, Block>({depth, given.plain() ? given.x : own.data(), nullptr, nullptr, nullptr}, rows, matrices);
+        std::unique_ptr<float[]> own(given.plain() ? nullptr : new float[rows * depth]);
+        if (own)
+            over_rows(given, rows, depth, [&](size_t row, size_t last) {
+                for (; row < last; row++) given.row(row, depth, &own[row * depth]);
+            });
+        multiply_rows<Form, Block>({depth, own ? own.get() : given.x, nullptr, nullptr, nullptr}, rows, matrices);
     } else {
         const Rounded<typename Form::Code> rounded(given, rows, depth);
         multiply_rows<Form, Block>(rounded.rows(), rows, matrices);

@@ -22,8 +22,8 @@
 
 namespace d2sd {
 
-constexpr size_t KEYS = 32;    // of a block
-constexpr size_t QUERIES = 16;  // rows that walk a block together, at most
+constexpr size_t KEYS = 32;      // of a block
+constexpr size_t QUERIES = 16;   // rows that walk a block together, at most
 constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -78,7 +78,7 @@ INLINE void fetch(const Stored* block, size_t dim) {
 // Each score is added up as if its query were alone. (Registers of 16 lose here in adding up what they win in multiplying.)
 template <size_t Count, typename Stored>
 INLINE void score(const float* q, const Stored* keys, size_t dim, float* scores, size_t width) {
-    constexpr size_t SOME = 4, EIGHT = 8;  // keys, and numbers in a register
+    constexpr size_t SOME = 4;  // keys
     for (size_t group = 0; group < KEYS; group += SOME, keys += SOME * dim) {
         __m256 products[Count][SOME];
         UNROLLED for (size_t i = 0; i < Count; i++)
@@ -220,7 +220,7 @@ void append(const Attention<Stored>& a) {
                 const size_t from = ((a.begins[sequence] + row) * a.kv_heads + head) * a.dim;
                 const size_t to = a.place(sequence, at / KEYS, head) + at % KEYS * a.dim;
                 a.turn(a.k + from, a.begins[sequence] + row, key.data());
-                for (size_t d = 0; d < a.dim; d += 8) {
+                for (size_t d = 0; d < a.dim; d += EIGHT) {
                     store(a.past_k + to + d, eight(&key[d]));
                     store(a.past_v + to + d, eight(a.v + from + d));
                 }
@@ -235,16 +235,16 @@ void attention(const Attention<Stored>& a) {
     const size_t rows = a.begins[a.sequences], group = a.heads / a.kv_heads;
     std::memset(a.out, 0, rows * a.heads * a.dim * sizeof(float));
     std::vector<std::vector<size_t>> asking(a.sequences);
-    size_t all = 0;  // keys that are to be looked at, once for each query
+    size_t looks = 0;  // at keys, one for each query and each of its keys
     for (size_t sequence = 0; sequence < a.sequences; sequence++) {
         const size_t n = a.rows(sequence);
         const uint8_t* sees = a.mask + a.mask_begins[sequence];
         for (size_t row = 0; row < n; row++, sees += n)
             if (std::memchr(sees, 1, n)) asking[sequence].push_back(row);
-        all += asking[sequence].size() * a.heads * (a.lengths[sequence] + n);
+        looks += asking[sequence].size() * a.heads * (a.lengths[sequence] + n);
     }
     // Each thread gets as much; a KV head's block is read once for as many queries as that leaves together.
-    const size_t share = std::max<size_t>(1, all / tbb::this_task_arena::max_concurrency());
+    const size_t share = std::max<size_t>(1, looks / tbb::this_task_arena::max_concurrency());
     std::vector<Work> works;
     size_t given = 0;
     for (size_t sequence = 0; sequence < a.sequences; sequence++)

@@ -45,7 +45,7 @@ ALL = (AVX512, AVX2)  # the better one first
 
 @dataclass(frozen=True)
 class Library:
-    """One that is compiled."""
+    """The operators' kernels, compiled for a set of instructions."""
 
     path: Path
     instructions: Instructions
@@ -64,8 +64,8 @@ def name(instructions: Instructions) -> str:
     return f"{instructions.name}-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.so"
 
 
-def compiled(cache: Path) -> list[Path]:
-    """The libraries for ``ALL``, compiled if this is the first time that they are asked for: half a minute.
+def compiled(cache: Path) -> list[Library]:
+    """Those for ``ALL``, compiled if this is the first time that they are asked for: half a minute.
 
     Args:
         cache: the folder that they stay in.
@@ -75,19 +75,19 @@ def compiled(cache: Path) -> list[Path]:
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         raise CompileError(f"the operators' kernels are for x86, not {platform.machine()}; {ADVICE}")
-    libraries = {cache / name(each): each for each in ALL}
-    missing = {library: each for library, each in libraries.items() if not library.exists()}
+    libraries = [Library(cache / name(each), each) for each in ALL]
+    missing = [library for library in libraries if not library.path.exists()]
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as workers:
-            made = [Path(folder) / library.name for library in missing]
-            list(workers.map(_compile, made, missing.values()))
+            made = [Library(Path(folder) / library.path.name, library.instructions) for library in missing]
+            list(workers.map(_compile, made))
             for each, library in zip(made, missing, strict=True):
-                each.replace(library)
-    return list(libraries)
+                each.path.replace(library.path)
+    return libraries
 
 
-def _compile(library: Path, instructions: Instructions) -> None:
+def _compile(library: Library) -> None:
     import openvino
 
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -101,11 +101,11 @@ def _compile(library: Path, instructions: Instructions) -> None:
     command = [
         compiler,
         *OPTIONS,
-        *instructions.options,
+        *library.instructions.options,
         "-DOV_THREAD=0",
         f"-I{package / 'include'}",
         str(PLUGINS / SOURCES[0]),
     ]
-    run = subprocess.run([*command, "-o", str(library), *map(str, parts)], capture_output=True, text=True)
+    run = subprocess.run([*command, "-o", str(library.path), *map(str, parts)], capture_output=True, text=True)
     if run.returncode:
         raise CompileError(f"{compiler} does not compile the operators, so {ADVICE}:\n{run.stderr.strip()[:1000]}")

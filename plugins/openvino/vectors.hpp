@@ -17,7 +17,7 @@ struct Half {  // a float of 16 bits
     uint16_t bits;
 };
 
-// Eight floats, of which some functions make do.
+constexpr size_t EIGHT = 8;  // floats, of which some functions make do
 INLINE __m256 eight(const float* at) { return _mm256_loadu_ps(at); }
 INLINE __m256 eight(const Half* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
 INLINE void store(float* to, __m256 x) { _mm256_storeu_ps(to, x); }

@@ -19,14 +19,12 @@ DEPTH, WIDE, EPSILON = 64, 96, 0.5
 @pytest.fixture(scope="module")
 def own():
     """A library, and what makes nodes of it."""
-    instructions = next((each for each in library.ALL if cpu.has(*each.needs)), None)
-    if instructions is None:
+    made = [each for each in library.compiled(cache_directory() / "operators") if cpu.has(*each.instructions.needs)]
+    if not made:
         pytest.skip("the kernels are for CPUs with AVX2")
-    files = library.compiled(cache_directory() / "operators")
-    path = next(file for file in files if file.name == library.name(instructions))
     factory = NodeFactory()
-    factory.add_extension(path)
-    return library.Library(path, instructions), factory
+    factory.add_extension(made[0].path)
+    return made[0], factory
 
 
 def layer(own, power=2.0, joined=op.add):

@@ -17,10 +17,10 @@ def compiled():
             pytest.skip(f"the CPU has no {instructions.name}")
         if instructions not in factories:
             factories[instructions] = NodeFactory()
-            factories[instructions].add_extension(next(file for file in files if file.name == library.name(instructions)))
+            factories[instructions].add_extension(paths[instructions])
         return factories[instructions]
 
-    files = library.compiled(cache_directory() / "operators")
+    paths = {made.instructions: made.path for made in library.compiled(cache_directory() / "operators")}
     factories = {}  # nodes do not keep alive what their library is loaded by
     return factory
 
