@@ -17,7 +17,7 @@ class Blocks:
 
     ids: Tensor  # [S, N] int64, inputs
     positions: Tensor  # [S, N] int64
-    mask: Tensor  # [S, N, L + N] bool: the features of the L tokens, then the blocks
+    mask: Tensor  # [S, N, L + γ] bool: the features of the L tokens, then the tokens of a place's own block
     labels: Tensor  # [S, N] int64, the true token at each place; 0 where there is none
     weights: Tensor  # [S, N] f32, 0 where nothing is predicted; a block's weights sum to 1, or to 0 if it has no label
 
@@ -66,9 +66,8 @@ def lay_blocks(
     weights = torch.exp(-(k - kept - 1) / tau) * predicted
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
 
-    owner = torch.arange(anchors.shape[1], device=tokens.device).repeat_interleave(block_size)
-    own = (owner[:, None] == owner).expand(answers, -1, -1)
     before = torch.arange(width, device=tokens.device) < anchors.repeat_interleave(block_size, dim=1)[..., None]
+    own = before.new_ones(answers, before.shape[1], block_size)
     return Blocks(
         ids=ids.flatten(1),
         positions=positions.flatten(1),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from export.config import TrainingSection
 from training.corpus import Answer
@@ -29,24 +28,6 @@ class Batch:
     last: Tensor | None
     generator: torch.Generator  # of what is drawn for this batch
 
-    def fold(self, anchors: Tensor, width: int) -> tuple["Batch", Tensor]:
-        """Give an answer with more than ``width`` anchors several rows of the batch: a block's attention looks, in vain,
-        at all blocks of its row.
-
-        Args:
-            anchors: ``[S, A]``, the -1 of a row at its end.
-
-        Returns:
-            The batch of the new rows, and their anchors ``[S', width]``.
-        """
-        rows = -(-anchors.shape[1] // width)
-        anchors = F.pad(anchors, (0, rows * width - anchors.shape[1]), value=-1).view(-1, width)
-        used = (anchors[:, 0] >= 0).nonzero().squeeze(1)
-        of = used // rows
-        last = None if self.last is None else self.last[of]
-        parts = (self.tokens[of], self.prompt_lengths[of], self.lengths[of], self.features[of], last, self.generator)
-        return Batch(*parts), anchors[used]
-
 
 class Data:
     """Groups answers into batches of about ``options.blocks`` blocks.
@@ -62,7 +43,7 @@ class Data:
     def epoch(self, number: int) -> list[list[int]]:
         """The batches of an epoch. Answers of like length go together, so that little of a batch is padding."""
         shuffle = random.Random(f"{self.options.seed}/{number}")
-        order = sorted(self.trained, key=lambda i: len(self.answers[i].response_ids) * shuffle.uniform(0.8, 1.25))
+        order = sorted(self.trained, key=lambda i: len(self.answers[i].response_ids) * shuffle.uniform(0.9, 1.1))
         groups: list[list[int]] = [[]]
         blocks = 0
         for i in order:

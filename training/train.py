@@ -37,7 +37,6 @@ from training.student import Student, draft_vocabulary, feature_scale
 VALIDATE_EVERY = 50  # steps
 SAVE_EVERY = 180  # seconds, between validations
 TREE = 12  # rows of the tree that validation grows
-WIDTH = 64  # blocks in a row of a batch
 WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
 
 
@@ -80,11 +79,11 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, going on from a saved state if there is one."""
         self.restore()
-        began, blocks = time.monotonic(), 0
-        saved = began
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step) as board:
             if self.step == 0:  # what training starts from, against which all later validations stand
                 self.log({"step": 0} | self.validate(), board)
+            began, blocks = time.monotonic(), 0
+            saved = began
             while self.step < self.options.steps:
                 loss, count = self.train_step()
                 blocks += count
@@ -114,7 +113,6 @@ class Trainer:
         for _ in range(self.options.accumulate):
             batch = self.next_batch()
             anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), self.options.anchors, batch.generator)
-            batch, anchors = batch.fold(anchors, WIDTH)
             with self.precision():
                 part = self.loss(batch, anchors.to(self.device)) / self.options.accumulate
             part.backward()
@@ -140,7 +138,8 @@ class Trainer:
             groups = self.data.epoch(self.epoch)
         number = self.offset + self.rank
         self.offset += self.world
-        return self.data.load(groups[number], f"{self.options.seed}/{self.epoch}/{number}", self.device)
+        with self.precision():  # of the target's pass, too
+            return self.data.load(groups[number], f"{self.options.seed}/{self.epoch}/{number}", self.device)
 
     def loss(self, batch: Batch, anchors: Tensor) -> Tensor:
         """Mean over blocks of the weighted cross-entropy of their masked places."""
@@ -327,7 +326,7 @@ def tree_gain(batch: Batch, anchors: Tensor, draft: Draft) -> Tensor:
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 matrices faster than f32 ones."""
-    return device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Averaged:

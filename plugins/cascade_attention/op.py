@@ -28,9 +28,9 @@ A window of 1 leaves each query itself alone.
 import onnx
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from plugins.cascade_attention import function_body, reference
+from plugins.cascade_attention.blocks import block_attention
 
 DOMAIN, NAME, VERSION = function_body.DOMAIN, function_body.CascadeAttention.name, function_body.VERSION
 
@@ -51,8 +51,8 @@ def cascade_attention(
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{NAME}", inputs, {"scale": scale}, dtype=q.dtype, shape=q.shape, version=VERSION
         )
-    if past_k.shape[2] == 0:  # training: one level is left, which PyTorch has a fused kernel for
-        return scaled_dot_product_attention(q, k_new, v_new, mask[:, None], scale=scale, enable_gqa=True)
+    if past_k.shape[2] == 0:  # training
+        return block_attention(q, k_new, v_new, mask, scale)
     if q.is_cuda and not torch.is_grad_enabled():
         from plugins.cascade_attention import kernel  # needs Triton, which a machine without a GPU does not have
 

@@ -136,20 +136,6 @@ def test_the_loss_looks_at_what_the_target_says_there(target, tmp_path, loss):
     torch.testing.assert_close(wanted[3], expected, atol=0.02, rtol=0)  # hidden states are kept in bf16
 
 
-def test_an_answer_may_lie_in_several_rows_of_a_batch(target, tmp_path):
-    """The loss is the same however many blocks share a row."""
-    made = trainer(target, tmp_path, loss="distribution")
-    batch = made.next_batch()
-    anchors = torch.tensor([[4, 6, 8, 9, 2], [5, 3, -1, -1, -1]])
-    batch = batch.fold(torch.zeros(len(batch.lengths), 1, dtype=torch.int64), 1)[0]
-    batch.tokens, batch.lengths, batch.features = batch.tokens[:2], batch.lengths[:2], batch.features[:2]
-    batch.prompt_lengths, batch.last = batch.prompt_lengths[:2], batch.last[:2]
-    folded, their = batch.fold(anchors, 2)
-    assert their.tolist() == [[4, 6], [8, 9], [2, -1], [5, 3]]
-    assert torch.equal(folded.tokens, batch.tokens[[0, 0, 0, 1]])
-    torch.testing.assert_close(made.loss(folded, their), made.loss(batch, anchors))
-
-
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
