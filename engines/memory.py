@@ -1,5 +1,6 @@
-"""How much memory the K/V of all sequences may take."""
+"""How much memory the K/V of all sequences may take, and in what pages it lies."""
 
+import ctypes
 from pathlib import Path
 
 from engines.engine import EngineError
@@ -7,6 +8,9 @@ from engines.engine import EngineError
 GIB = 2**30
 SHARE = 0.5  # of what is free when the server starts
 ROOT = Path("/")
+PAGE = 2 * 2**20  # bytes of a large one; 4 KiB are usual
+AREA = 8 * PAGE  # that large pages are asked for; a thread's stack is less
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # madvise(2)
 
 
 def pool_blocks(kv_memory: float | None, block_bytes: int, enough: int, least: int) -> int:
@@ -49,3 +53,23 @@ def free_memory(root: Path = ROOT) -> int:
         except (OSError, ValueError):  # there is no such group, or it has no limit ("max")
             continue
     return max(0, min(free))
+
+
+def use_large_pages() -> None:
+    """Let Linux put what this process holds in pages of 2 MiB, where it has them.
+
+    A pass reads all weights once, and has to find each of their pages first. Whatever Linux refuses stays where it is.
+    """
+    try:
+        advise = ctypes.CDLL(None).madvise
+        areas = (ROOT / "proc/self/maps").read_text().splitlines()
+    except (OSError, AttributeError):  # not Linux
+        return
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for area in areas:
+        span, access, _, _, inode, *_ = area.split()
+        start, end = (int(place, 16) for place in span.split("-"))
+        start, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+        if access == "rw-p" and inode == "0" and end - start >= AREA:
+            advise(start, end - start, MADV_HUGEPAGE)
+            advise(start, end - start, MADV_COLLAPSE)  # at once; else Linux comes to it in minutes

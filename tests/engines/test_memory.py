@@ -1,5 +1,6 @@
 """How much memory is free, as machines and containers say it, and how many blocks that makes."""
 
+import numpy as np
 import pytest
 
 from engines import memory
@@ -50,3 +51,41 @@ def test_blocks(monkeypatch):
         pool_blocks(0.001, 2**20, enough=500, least=10)
     with pytest.raises(EngineError, match=r"limits.kv_memory: found 2 \(half of what is free\) GiB, allowed: 3.91 or more"):
         pool_blocks(None, 2**20, enough=5000, least=4000)
+
+
+def test_large_pages_are_asked_for_what_is_private_and_large(tmp_path, monkeypatch):
+    page = memory.PAGE
+    areas = [
+        (page, 9 * page, "rw-p", 0),
+        (20 * page + 4096, 40 * page + 8192, "rw-p", 0),  # its whole pages
+        (50 * page, 57 * page, "rw-p", 0),  # too small
+        (60 * page, 80 * page, "r--p", 0),
+        (80 * page, 90 * page, "rw-s", 0),
+        (90 * page, 99 * page, "rw-p", 7),  # a file
+    ]
+    lines = [f"{start:x}-{end:x} {access} 00000000 00:00 {inode}   [name]\n" for start, end, access, inode in areas]
+    monkeypatch.setattr(memory, "ROOT", machine(tmp_path, **{"proc/self/maps": "".join(lines)}))
+    asked = []
+
+    class Library:
+        def __init__(self, name):
+            def madvise(start, size, advice):
+                asked.append((start // page, size // page, advice))
+                return -1  # what is refused changes nothing
+
+            self.madvise = madvise
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", Library)
+    memory.use_large_pages()
+    assert asked == [(1, 8, 14), (1, 8, 25), (21, 19, 14), (21, 19, 25)]
+    (tmp_path / "proc/self/maps").unlink()
+    memory.use_large_pages()  # nor does a system without such a file
+    assert len(asked) == 4
+
+
+def test_what_moves_to_large_pages_stays_the_same():
+    numbers = np.arange(8 * 2**20, dtype=np.int64)
+    expected = int(numbers.sum())
+    memory.use_large_pages()
+    assert int(numbers.sum()) == expected
+    assert np.array_equal(numbers[::4096], np.arange(0, len(numbers), 4096))
