@@ -51,7 +51,7 @@ def cascade_attention(
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{NAME}", inputs, {"scale": scale}, dtype=q.dtype, shape=q.shape, version=VERSION
         )
-    if past_k.shape[2] == 0:  # training
+    if past_k.shape[2] == 0:  # training, where a query sees no block but its own (blocks.py)
         return block_attention(q, k_new, v_new, mask, scale)
     if q.is_cuda and not torch.is_grad_enabled():
         from plugins.cascade_attention import kernel  # needs Triton, which a machine without a GPU does not have
