@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.engine import EngineError
+from engines.memory import use_large_pages
 
 Seconds = NDArray[np.float64]
 
@@ -207,6 +208,7 @@ def _prepare(engines: Sequence[Any], say: Callable[[str], None]) -> None:
     for prepare in usual:
         prepare()
     if usual:
+        use_large_pages()  # of all engines at once
         say(f"engines: compiled for the usual numbers of rows, {time.monotonic() - began:.0f} s")
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engines import openvino_operators
 from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
-from engines.memory import free_memory, use_large_pages
+from engines.memory import free_memory
 from engines.openvino_fusion import fuse
 from engines.paged import BLOCK
 from plugins.openvino.library import Library
@@ -158,7 +158,6 @@ class OpenVinoGraph:
         """Compile all forms, as many at a time as there are cores: one alone would take one of them."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
             list(workers.map(self._request, self.forms))
-        use_large_pages()
 
     def fit(self, rows: int) -> int:
         most = self.forms[-1][0] if self.forms else 0

@@ -29,15 +29,16 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     # Queries of a group of heads are rows of one product, with the features and, block by block, with their own keys.
     grouped = (q * scale).reshape(batch, kv_heads, -1, n // gamma, gamma, d)  # [B, Hkv, G, A, γ, D]
     group = grouped.shape[2]
-    own = grouped.transpose(2, 3).flatten(3, 4)  # [B, Hkv, A, G·γ, D]
+
+    def with_own(rows: Tensor, own: Tensor) -> Tensor:
+        """``[B, Hkv, G, A, γ, x]`` times each block's own ``[B, Hkv, A, x, y]``: ``[B, Hkv, G·N, y]``."""
+        made = rows.transpose(2, 3).flatten(3, 4) @ own  # [B, Hkv, A, G·γ, y]
+        return made.unflatten(3, (group, gamma)).transpose(2, 3).flatten(2, 4)
+
     far = grouped.flatten(2, 4) @ far_k.transpose(-1, -2)  # [B, Hkv, G·N, M]
-    near = own @ near_k.unflatten(2, (-1, gamma)).transpose(-1, -2)  # [B, Hkv, A, G·γ, γ]
-    near = near.unflatten(3, (group, gamma)).transpose(2, 3).reshape(batch, kv_heads, -1, gamma)
+    near = with_own(grouped, near_k.unflatten(2, (-1, gamma)).transpose(-1, -2))  # [B, Hkv, G·N, γ]
     scores = torch.cat([far, near], dim=-1).unflatten(2, (group, n)).masked_fill(~mask[:, None, None], -torch.inf)
     weights = scores.softmax(-1).to(v.dtype).flatten(2, 3)
     far, near = weights.split([features, gamma], dim=-1)
-    near = near.reshape(batch, kv_heads, group, -1, gamma, gamma).transpose(2, 3).flatten(3, 4) @ near_v.unflatten(
-        2, (-1, gamma)
-    )
-    near = near.unflatten(3, (group, gamma)).transpose(2, 3).reshape(batch, kv_heads, -1, d)
-    return (far @ far_v + near).unflatten(2, (group, n)).flatten(1, 2)
+    out = far @ far_v + with_own(near.unflatten(2, (group, n // gamma, gamma)), near_v.unflatten(2, (-1, gamma)))
+    return out.unflatten(2, (group, n)).flatten(1, 2)
