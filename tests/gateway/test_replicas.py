@@ -12,20 +12,25 @@ import pytest
 
 from client import Options, Piece, ServiceError
 from client.request import join
+from export.build import build
+from export.config import load
 from gateway.replicas import Replicas
+from tests import tiny
 from tests.gateway.conftest import opened, serving
 
 
-async def test_one_of_two_is_killed_under_load(built, tmp_path):
+async def test_one_of_two_is_killed_under_load(tmp_path):
+    built = tmp_path / "build"
+    build(load(tiny.save_long_pipeline(tmp_path, waiting=16)), built)
     with serving(built, tmp_path / "first") as first, serving(built, tmp_path / "second") as second:
         names = [option for one in (first, second) for option in ("--triton", f"127.0.0.1:{one.ports.grpc}")]
         with opened(*names) as url:
             async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=None)) as asked:
                 ended = await _streams(asked, first)
-                # What the dead one had begun (three places) ends with an error; what waited there is asked again elsewhere.
+                # What the dead one had begun (two places) ends with an error; what waited there is asked again elsewhere.
                 lost = ended.count("unavailable")
-                assert 1 <= lost <= 3
-                assert set(ended) <= {"unavailable", "length", "stop"}
+                assert 1 <= lost <= 2
+                assert set(ended) == {"unavailable", "length"}
                 began = time.monotonic()
                 body = {"model": "d2sd", "prompt": "x", "max_tokens": 2}
                 answers = await asyncio.gather(*(asked.post("/completions", json=body) for _ in range(16)))
@@ -37,12 +42,12 @@ async def test_one_of_two_is_killed_under_load(built, tmp_path):
 
 
 async def _streams(asked, victim):
-    """How each of 16 long streams ends, a server being killed once all wait or run."""
+    """How each of eight long streams ends, a server being killed once all wait or run."""
     started = 0
 
     async def read(number):
         nonlocal started
-        body = {"model": "d2sd", "prompt": f"stream {number}", "max_tokens": 120, "stream": True, "seed": number}
+        body = {"model": "d2sd", "prompt": f"stream {number}", "max_tokens": 600, "ignore_eos": True, "stream": True}
         async with asked.stream("POST", "/completions", json=body) as response:
             assert response.status_code in (200, 503)
             last = None
@@ -54,8 +59,8 @@ async def _streams(asked, victim):
                     last = json.loads(line)
             return last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"]
 
-    reading = [asyncio.create_task(read(number)) for number in range(16)]
-    while started < 6:
+    reading = [asyncio.create_task(read(number)) for number in range(8)]
+    while started < 4:
         await asyncio.sleep(0.02)
     tree = psutil.Process(victim.process.pid)
     stubs = tree.children(recursive=True)

@@ -182,17 +182,6 @@ def test_unary_requests_have_the_same_answers(server):
     assert found["text_output"] == [expected]
 
 
-def test_a_unary_request_ends_when_its_client_leaves(server):
-    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
-        # As many as take seconds: what is at hand is told once a second.
-        long = to_tensors({"text_input": "x", "max_tokens": 500, "end_id": 299, "mode": "autoregressive"}, grpc)
-        calls = [service.async_infer("tensorrt_llm_bls", long, lambda result, error: None) for _ in range(9)]
-        eventually(lambda: requests_at_hand(server, "running") > 0)
-        for call in calls:
-            call.cancel()
-        eventually(lambda: requests_at_hand(server) == 0)
-
-
 def test_the_twin_has_the_tensors_of_the_ensemble(built):
     def tensors(model):
         text = (built / "model_repository" / model / "config.pbtxt").read_text()

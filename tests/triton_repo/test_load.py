@@ -14,30 +14,21 @@ import tritonclient.grpc as grpc
 
 from benchmarks.speed import Case, Served
 from client import AsyncClient, Client, Options, ServiceError
-from client.request import join
+from client.request import join, to_tensors
 from export.build import build
 from export.config import load
 from tests import tiny
 from tests.triton_repo.at_hand import eventually, requests_at_hand
 from triton_repo.serve import Ports, Server
 
-PIPELINE = """
-target: {{checkpoint: {root}/target}}
-decoding: {{mode: autoregressive}}
-engine: {{precision: f32}}
-limits: {{sequences: 2, waiting: 3, length: 4096, max_tokens: 480}}
-"""
-LONG = 3600  # tokens, four seconds at least
+LONG = 3600  # tokens, two seconds at least
 SHORT = Options(max_tokens=4)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("load")
-    # So long that an answer is not over before the others come.
-    tiny.save_target(root / "target", max_position_embeddings=4096)
-    (root / "pipeline.yaml").write_text(PIPELINE.format(root=root))
-    build(load(root / "pipeline.yaml"), root / "build")
+    build(load(tiny.save_long_pipeline(root, waiting=3)), root / "build")
     with Server(root / "build", "127.0.0.1", Ports(0, 0, 0), log=root / "triton.log") as running:
         running.wait_until_ready()
         yield running
@@ -148,6 +139,41 @@ def test_a_deadline_before_the_first_token_is_an_error(server, asked, options):
     assert result is None
     assert "timeout: found no place for this request in its time" in str(error)
     assert [join(list(pieces)).output_tokens for pieces in taken] == [LONG, LONG]
+
+
+def test_a_request_is_stopped_by_its_id(server):
+    """Over HTTP, where Triton does not tell that a client has hung up: while it runs, and before it is here."""
+    body = {"text_input": "long", "max_tokens": LONG, "ignore_eos": True}
+    url = f"http://127.0.0.1:{server.ports.http}/v2/models/{{}}".format
+
+    def stop(name):
+        return httpx.post(url("d2sd/generate"), json={"id": name, "stop": True}).json()["finish_reason"]
+
+    for name in ("one", "another"):
+        asked = body | {"id": name, "stream": True}
+        with httpx.stream("POST", url("ensemble/generate_stream"), json=asked, timeout=60) as stream:
+            lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+            assert json.loads(next(lines))["finish_reason"] == ""
+            assert stop(name) == "cancelled"
+            last = json.loads(list(lines)[-1])
+        assert last["finish_reason"] == "cancelled"
+        assert last["output_tokens"] < LONG
+        eventually(lambda: requests_at_hand(server) == 0)
+    assert stop("one") == stop("early") == ""
+    assert post(server, body | {"id": "early"}).json()["finish_reason"] == "cancelled"
+    nameless = httpx.post(url("d2sd/generate"), json={"stop": True})
+    assert nameless.status_code == 400
+    assert "stop: found in a request without an id" in nameless.json()["error"]
+
+
+def test_a_unary_request_ends_when_its_client_leaves(server):
+    with grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        long = to_tensors({"text_input": "x", "max_tokens": LONG, "ignore_eos": True}, grpc)
+        calls = [service.async_infer("tensorrt_llm_bls", long, lambda result, error: None) for _ in range(4)]
+        eventually(lambda: requests_at_hand(server, "running") > 0)
+        for call in calls:
+            call.cancel()
+        eventually(lambda: requests_at_hand(server) == 0)
 
 
 @pytest.mark.parametrize("found", ["soon", -1, 1.5, True])

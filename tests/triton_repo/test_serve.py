@@ -262,31 +262,6 @@ async def test_a_client_that_leaves_frees_its_place(server):
         eventually(lambda: requests_at_hand(server) == 0)
 
 
-def test_a_request_is_stopped_by_its_id(server):
-    """Over HTTP, where Triton does not tell that a client has hung up: while it runs, and before it is here."""
-    body = {"text_input": "long", "max_tokens": 500, "ignore_eos": True, "mode": "d2sd"}
-    url = f"http://127.0.0.1:{server.ports.http}/v2/models/{{}}".format
-
-    def stop(name):
-        return httpx.post(url("d2sd/generate"), json={"id": name, "stop": True}).json()["finish_reason"]
-
-    for name in ("one", "another"):
-        asked = body | {"id": name, "stream": True}
-        with httpx.stream("POST", url("ensemble/generate_stream"), json=asked, timeout=60) as stream:
-            lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
-            assert json.loads(next(lines))["finish_reason"] == ""
-            assert stop(name) == "cancelled"
-            last = json.loads(list(lines)[-1])
-        assert last["finish_reason"] == "cancelled"
-        assert last["output_tokens"] < 500
-        eventually(lambda: requests_at_hand(server) == 0)
-    assert stop("one") == stop("early") == ""
-    assert post(server, body | {"id": "early"}).json()["finish_reason"] == "cancelled"
-    nameless = httpx.post(url("d2sd/generate"), json={"stop": True})
-    assert nameless.status_code == 400
-    assert "stop: found in a request without an id" in nameless.json()["error"]
-
-
 def test_metrics_count_cycles(server):
     before = counters(server)
     answer = client(server).generate("count", Options(max_tokens=11))
