@@ -84,8 +84,9 @@ class Drafting:
         """
         anchors = self.target.send(np.array([s.anchor for s in sequences], dtype=np.int64))
         by_mode: dict[Mode, list[int]] = {}
+        late = self._late(sequences)
         for b, sequence in enumerate(sequences):
-            by_mode.setdefault(self._mode(sequence), []).append(b)
+            by_mode.setdefault(MODES["autoregressive"] if sequence in late else self._mode(sequence), []).append(b)
         members = by_mode.pop(MODES["auto"], [])
         groups = [Group.of(mode, some, sequences, anchors, self.branches) for mode, some in by_mode.items()]
         planned: list[Group] = []
@@ -114,6 +115,16 @@ class Drafting:
             self.calibration.learn(walk)
         if self.auto and self.planned:
             self.auto.learn(walks, self.clock.cycle)
+
+    def _late(self, sequences: Many[Sequence]) -> set[Sequence]:
+        """Those that are decoded plainly in this cycle, because their drafters have more to catch up with than a call takes:
+        nobody waits for several. Where a planner chooses, it knows what they would take."""
+        fixed = [s for s in sequences if not self._mode(s).planned]
+        late: set[Sequence] = set()
+        for follower in (self.first, self.second):
+            if follower:
+                late.update(follower.catch_up([s for s in fixed if follower in self.followers(s)]))
+        return late
 
     def _draft(self, groups: Many[Group], anchors: Array) -> None:
         """The first drafts, in one pass."""

@@ -53,9 +53,16 @@ class Follower:
         Returns:
             candidates ``[B, W·γ, A]``, best first, and their probabilities; the next call overwrites both.
         """
-        while behind := [s for s in sequences if self.lag(s) > CATCH_UP]:
-            self._run(behind, np.zeros((len(behind), 0), dtype=np.int64))
+        while self.catch_up(sequences):
+            pass
         return self._run(sequences, block_ids)
+
+    def catch_up(self, sequences: Many[Sequence]) -> list[Sequence]:
+        """Go a call nearer to the target with those that are further behind it than a call goes; returns these."""
+        behind = [s for s in sequences if self.lag(s) > CATCH_UP]
+        if behind:
+            self._run(behind, np.zeros((len(behind), 0), dtype=np.int64))
+        return behind
 
     def _run(self, sequences: Many[Sequence], block_ids: Array) -> tuple[Array, Array]:
         numbers = [self.numbers[s] for s in sequences]

@@ -54,7 +54,8 @@ class Scheduler:
         Raises:
             Full: too many do already.
         """
-        if self.queue is not None and len(self.running) + len(self.waiting) >= self.slots + self.queue:
+        free = self.slots - len(self.running) if not self.running or self.decoder.room(sequence) else 0
+        if self.queue is not None and len(self.waiting) >= free + self.queue:
             raise Full(f"limits.waiting: found {self.queue} requests waiting for a place, allowed: no more; try again later")
         self.waiting.append(sequence)
 

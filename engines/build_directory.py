@@ -109,7 +109,7 @@ class BuildDirectory:
     def _paged(self, wanted: str) -> Callable[[Path, GraphInfo, dict[str, Any]], Any]:
         from engines.openvino import Kept, OpenVinoGraph, choose, require
         from engines.openvino_operators import attends, usable
-        from engines.paged import PagedDrafter, PagedTarget, block_bytes, sequence_blocks
+        from engines.paged import PagedDrafter, PagedTarget, block_bytes, scratch_rows, sequence_blocks
 
         require()
         precision, limits = choose(wanted), self.manifest["limits"]
@@ -119,15 +119,16 @@ class BuildDirectory:
             """What K/V are kept in: f16 where weights are rounded far more than that."""
             return "f16" if recorded["weights"]["form"] != "f32" and attends(info, precision, operators) else precision
 
-        one = sequence_blocks(limits["length"])
+        size, branches = (self.manifest["decoding"][name] for name in ("block_size", "branches"))
+        scratch = scratch_rows(size, branches)
+        one = sequence_blocks(limits["length"], scratch)
         every = [(GraphInfo(**recorded["info"]), recorded) for recorded in self.manifest["graphs"].values()]
         all_bytes = sum(block_bytes(info, 4 if kept(info, recorded) == "f32" else 2) for info, recorded in every)
         blocks = pool_blocks(limits["kv_memory"], all_bytes, one * limits["sequences"], one)
 
         def make(folder: Path, info: GraphInfo, recorded: dict[str, Any]) -> Any:
-            size = self.manifest["decoding"]["block_size"]
             graph = OpenVinoGraph(folder, info, precision, blocks + 1, operators, size, kept(info, recorded))
-            return PagedTarget(graph) if info.mask_id < 0 else PagedDrafter(graph)
+            return (PagedTarget if info.mask_id < 0 else PagedDrafter)(graph, scratch)
 
         return make
 

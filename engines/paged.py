@@ -20,7 +20,7 @@ from engines.engine import Bools, EngineError, Features, Floats, GraphInfo, Ints
 
 BLOCK = 32  # rows; what OpenVINO's operator takes
 ALONE = np.ones((1, 1), bool)  # the mask of a sequence of one row
-SCRATCH = 8  # blocks of a sequence beyond its tokens, for rows that a call makes and nobody keeps
+SCRATCH = 256  # rows of a sequence beyond its tokens, at least, which a call makes and nobody keeps
 
 Key = tuple[int, tuple[int, ...]]  # the number of the block before, or 0, and the tokens of this one
 
@@ -138,10 +138,14 @@ class Graph(Protocol):
 
 
 class Paged:
-    """Sequences over a graph's pool of blocks. Method contracts: ``decoding/engines.py``."""
+    """Sequences over a graph's pool of blocks. Method contracts: ``decoding/engines.py``.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.runtime, self.prepare = graph, graph.runtime, graph.prepare
+    Args:
+        scratch: rows that a call can make of a sequence and nobody keeps (``scratch_rows``).
+    """
+
+    def __init__(self, graph: Graph, scratch: int = SCRATCH) -> None:
+        self.graph, self.runtime, self.prepare, self.scratch = graph, graph.runtime, graph.prepare, scratch
         self.opened = 0  # a number is never given twice
         self.reset()
 
@@ -150,12 +154,12 @@ class Paged:
         return 1 - self.pool.available / self.pool.blocks
 
     def room(self, rows: int) -> bool:
-        return sequence_blocks(rows) <= self.pool.available
+        return sequence_blocks(rows, self.scratch) <= self.pool.available
 
     def open(self, tokens: list[int], rows: int, fresh: bool = False) -> int:
         shared, number = self.pool.share([] if fresh else tokens)
         try:
-            own = self.pool.take(max(0, sequence_blocks(rows) - len(shared)))
+            own = self.pool.take(max(0, sequence_blocks(rows, self.scratch) - len(shared)))
         except EngineError:
             self.pool.release(shared)
             raise
@@ -243,8 +247,8 @@ class PagedTarget(Paged):
 
     ragged = True
 
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph)
+    def __init__(self, graph: Graph, scratch: int = SCRATCH) -> None:
+        super().__init__(graph, scratch)
         self.fit = graph.fit
         self.rows = np.zeros((graph.cache.shape[1], BLOCK, graph.info.feature_width), np.float32)
 
@@ -363,9 +367,14 @@ def _row(parts: Sequence[NDArray[np.int64]], more: int) -> NDArray[np.int64]:
     return np.concatenate([*parts, np.zeros(more, np.int64)])[None]
 
 
-def sequence_blocks(rows: int) -> int:
-    """That a sequence of up to so many tokens takes."""
-    return _blocks(rows) + SCRATCH
+def scratch_rows(block_size: int, branches: int) -> int:
+    """Rows of a call that nobody keeps, at most: K branches of γ tokens, which a drafter is given twice."""
+    return max(SCRATCH, 2 * block_size * branches)
+
+
+def sequence_blocks(rows: int, scratch: int = SCRATCH) -> int:
+    """That a sequence of up to so many tokens takes. scratch: rows that a call can make of it beyond these."""
+    return _blocks(rows) + _blocks(scratch)
 
 
 def block_bytes(info: GraphInfo, number: int) -> int:

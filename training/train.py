@@ -35,6 +35,7 @@ from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
 
 VALIDATE_EVERY = 50  # steps
+VALIDATED = 128  # held-out answers at most, spread over the corpus
 SAVE_EVERY = 180  # seconds, between validations
 TREE = 12  # rows of the tree that validation grows
 WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
@@ -225,6 +226,7 @@ class Trainer:
         selected.
         """
         held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
+        held_out = held_out[:: -(-len(held_out) // VALIDATED) or 1]
         won, grown, count = 0, 0, 0
         with self.averaged():
             for start in range(0, len(held_out), 8):

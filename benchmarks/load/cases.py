@@ -5,7 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -116,8 +116,8 @@ async def conversations(bench: Bench) -> dict[str, Any]:
             {"role": "user", "content": bench.texts.take(20)},
         ]
         known, fresh = await ask(bench.client, second, options), await ask(bench.client, _other(second), options)
-        again = await ask(bench.client, second, options)
-        same = same and again.text == known.text
+        computed = await ask(bench.client, second, replace(options, prompt_logprobs=True))  # all of it, since it is scored
+        same = same and computed.text == known.text
         ratios.append(fresh.first / known.first)
     shared = bench.texts.take(800)
     crowds = {}

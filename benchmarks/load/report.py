@@ -41,9 +41,10 @@ def _ran_on(named: dict[str, str]) -> str:
 def _storm(f: dict[str, Any]) -> str:
     rows = "".join(f"| {verdict} | {count} |\n" for verdict, count in sorted(f["verdicts"].items()))
     return (
-        f"## Many requests\n\n{f['requests']} requests in several modes, at a pace that keeps all places taken and lets some "
-        "wait (so their times say little and are left out); a fifth was to leave at a random moment, a twentieth is malformed. "
-        "Each answer is held against what the target says alone, offline, to the letter.\n\n"
+        f"## Many requests\n\n{f['requests']} requests in several modes. The first 250 find the pace that the machine just "
+        "keeps up with, the others arrive at it, whatever becomes of those before (their times say little and are left out). A "
+        "fifth was to leave at a random moment, a twentieth is malformed. Each answer is held against what the target says "
+        "alone, offline, to the letter.\n\n"
         f"| ended | requests |\n|---|---|\n{rows}\n"
         f"The server's memory changed by {100 * f['memory_growth']:+.1f} % from the third quarter to the last. "
         f"{_held(f['held'])}\n"
@@ -94,7 +95,7 @@ def _conversations(f: dict[str, Any]) -> str:
         "beginning that nobody has sent.\n\n| turn | known | fresh |\n|---|---|---|\n"
         + "\n".join(lines)
         + f"\n\nThe second turn behind 1,500 tokens of history comes {f['second_turn']:.1f} times sooner than without them in "
-        f"the cache; asked again, its answer is {'the same' if f['same'] else 'ANOTHER'}.\n\n"
+        f"the cache; with all of it computed anew its answer is {'the same' if f['same'] else 'ANOTHER'}.\n\n"
         f"| 16 clients with | all answered after, s | last first token, s |\n|---|---|---|\n{crowds}"
     )
 

@@ -1,4 +1,4 @@
-"""Many requests, open loop: random lengths, some that leave, some that are wrong; all must end rightly."""
+"""Many requests, an open loop once its pace is found: some leave, some are wrong, and all must end rightly."""
 
 import asyncio
 import random
@@ -29,6 +29,7 @@ NONSENSE = (
 REFUSALS = ("top_p", "temperature", "max_tokens", "top_k", "mode")
 GROWTH = 0.05  # of the memory in the second half, at most
 FREED = 5.0  # seconds until everything is free, at most
+SETTLING, SLACK = 250, 1.1  # requests that find the pace that the machine keeps up with; the others' gaps are so much longer
 LEVELS = ("d2sd:num_requests_running", "d2sd:num_requests_waiting", "d2sd:kv_cache_usage_perc")
 
 
@@ -66,8 +67,8 @@ async def storm(
     slots: int,
     metrics: Callable[[], Awaitable[str]],
 ) -> dict[str, Any]:
-    """Make the requests, at a pace that keeps about as many at hand as the service has places: however fast the machine is,
-    and whatever else it does, most places are taken and some requests wait.
+    """Make the requests. The first ones find the pace that keeps as many at hand as the service has places, however fast the
+    machine is; from then on they arrive at that pace, whatever becomes of those before.
 
     Args:
         server: its process. slots: its places. metrics: what it tells Prometheus.
@@ -75,10 +76,14 @@ async def storm(
     memory: list[float] = []
     watching = asyncio.create_task(watch(server, memory))
     tasks: list[asyncio.Task[Outcome]] = []
-    began, gap = time.monotonic(), 0.2
+    began, gap, gaps = time.monotonic(), 0.2, list[float]()
     for number, request in enumerate(planned, 1):
         await asyncio.sleep(request.gap * gap)
-        gap *= 0.95 if sum(not task.done() for task in tasks) < slots else 1.05
+        if number < SETTLING:
+            gap *= 0.95 if sum(not task.done() for task in tasks) < slots else 1.05
+            gaps.append(gap)
+        elif number == SETTLING:
+            gap = SLACK * mean(gaps[len(gaps) // 2 :])
         leaves = None if request.leaves is None else request.leaves * gap
         tasks.append(asyncio.create_task(ask(client, request.prompt, request.options, leaves)))
         if number % 100 == 0:

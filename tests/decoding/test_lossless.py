@@ -200,16 +200,26 @@ def test_pieces_of_prompts_ride_with_the_trees_of_a_ragged_target(ragged):
 
 
 def test_a_drafter_is_caught_up_in_pieces():
-    """A long prompt, which no drafter has seen when the first cycle begins."""
+    """A long prompt, which no drafter has seen when the first cycle begins: a cycle catches up by a call, and is plain."""
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, 600).tolist()
-    made = decoder("dflash")
-    sequence = Sequence(prompt, 20)
-    made.open(sequence)
-    made.cycle([], [(sequence, 599)])
-    assert made.drafting.first.lag(sequence) == 599
-    made.cycle([sequence])
-    assert made.drafting.first.engine.calls == [(1, 0), (1, 0), (1, 5)]
-    assert made.drafting.first.lag(sequence) == len(sequence.answer)
+    made = decoder("d2sd")
+    sequence, other = Sequence(prompt, 20), Sequence([1, 2], 20, mode="dflash")
+    for one in (sequence, other):
+        made.open(one)
+        made.cycle([], [(one, len(one.prompt) - 1)])
+    first, second = made.drafting.first, made.drafting.second
+    assert first.lag(sequence) == second.lag(sequence) == 599
+    for cycle in (1, 2):
+        made.cycle([sequence, other])
+        assert len(sequence.answer) == cycle
+        assert first.engine.calls == [(1, 0), (1, 5)] * cycle  # the other one drafts meanwhile
+        assert second.engine.calls == [(1, 0)] * cycle
+    made.cycle([sequence, other])
+    assert first.engine.calls[4:] == [(2, 5)]
+    assert first.lag(sequence) == second.lag(sequence) == len(sequence.answer) - 2
+    while running := [one for one in (sequence, other) if not one.finish]:
+        made.cycle(running)
+    assert [sequence.answer, other.answer] == [greedy_oracle(prompt, 20), greedy_oracle([1, 2], 20)]
 
 
 def test_what_an_engine_remembers_of_a_prompt_is_not_computed_again():

@@ -127,6 +127,18 @@ def test_the_queue_is_bounded():
     scheduled.add(prompt(3))
 
 
+def test_a_place_that_memory_has_not_counts_as_none():
+    """Memory holds one sequence, and there are sixteen places: no more may wait than the queue holds."""
+    scheduled = scheduler(places=16, queue=3, memory=100)
+    scheduled.add(prompt(60, 30))
+    scheduled.step()
+    for _ in range(3):
+        scheduled.add(prompt(60, 30))
+    with pytest.raises(Full, match="found 3 requests waiting"):
+        scheduled.add(prompt(60, 30))
+    assert len(run(scheduled)) == 4
+
+
 @pytest.mark.parametrize("why", ["cancelled", "timeout"])
 def test_whoever_leaves_frees_everything_by_the_next_cycle(why):
     scheduled = scheduler(places=3)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.engine import EngineError, GraphInfo
-from engines.paged import BLOCK, SCRATCH, BlockPool, PagedTarget, block_bytes, sequence_blocks
+from engines.paged import BLOCK, SCRATCH, BlockPool, PagedTarget, block_bytes, scratch_rows, sequence_blocks
 
 
 class Echo:
@@ -157,6 +157,18 @@ def test_a_pool_that_is_full():
     target.close(first)
     assert target.room(64)
     target.reset()
-    assert sequence_blocks(64) == 2 + SCRATCH
+    assert sequence_blocks(64) == 2 + SCRATCH // BLOCK
+
+
+def test_a_pool_holds_what_calls_make_and_nobody_keeps():
+    """Branches so many and long that the usual room does not do: a sequence that is admitted never lacks a block for them."""
+    assert scratch_rows(8, 4) == SCRATCH
+    scratch = scratch_rows(64, 16)
+    target = PagedTarget(Echo(2 * sequence_blocks(64, scratch)), scratch)
+    two = [target.open([1] * 64, 64) for _ in range(2)]
+    for one in two:
+        run(target, [(one, [1] * 64, range(64))])
+    run(target, [(one, list(range(scratch)), []) for one in two])
+    assert [target.length(one) for one in two] == [64, 64]
     assert block_bytes(target.graph.info, 4) == 4 * BLOCK * (2 * 2 * 1 * 2 + 2)
     assert block_bytes(target.graph.info, 2) == BLOCK * (2 * 2 * 2 * 1 * 2 + 4 * 2)
