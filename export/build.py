@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
@@ -24,6 +24,7 @@ from decoding.ngrams import NGrams, NGramsError
 from engines.build_directory import NGRAMS
 from export import tensorrt_build
 from export.config import Backend, CompiledBackend, Pipeline, UserError, load
+from export.files import replacing
 from export.paged_graph import write_paged
 from export.repository import write_repository
 
@@ -65,7 +66,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     from export.sources import open_sources  # PyTorch takes seconds that --help and a bad file need not wait for
 
     began = time.monotonic()
-    ngrams = _ngrams(pipeline)
+    table, ngrams = pipeline.decoding.ngrams, _ngrams(pipeline)
     sources = open_sources(pipeline)
     if ngrams is not None and ngrams.vocabulary != (size := sources.config.vocab_size):
         raise BuildError(f"decoding.ngrams: found a table for {ngrams.vocabulary} tokens, allowed: the target's {size}")
@@ -73,7 +74,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
     keys = {graph: _key(pipeline, sources, graph, shapes[graph]) for graph in sources.graphs}
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
-        (output / "manifest.json").unlink(missing_ok=True)  # until the build is whole
+        manifest = output / "manifest.json"  # is not there while parts of two builds lie here
         for number, graph in enumerate(keys, 1):
             place = output / "engines" / graph
             label = f"[{number}/{len(keys)}] {graph}"
@@ -85,6 +86,7 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
             print(f"{label}: exporting …", flush=True)
             start = time.monotonic()
             with replacing(place) as partial:
+                partial.mkdir()
                 info, weights = sources.export(graph, partial / "model.onnx", pipeline.engine.graph_dtype)
                 record: dict[str, Any] = {"key": keys[graph], "info": asdict(info), "weights": weights}
                 if not compiled:
@@ -93,21 +95,25 @@ def build(pipeline: Pipeline, output: Path, only: str | None = None, force: bool
                     print(f"{label}: building the engine …", flush=True)
                     record["engine"] = _compile(pipeline.engine.backend, partial, shapes[graph], output)
                 write_json(partial / "graph.json", record)
+                manifest.unlink(missing_ok=True)
             print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
         stale = [graph for graph, key in keys.items() if _stored(output / "engines" / graph).get("key") != key]
         if stale:
             print(f"still to be built before this can be served: {', '.join(stale)}")
             return
-        if pipeline.engine.backend == "openvino":
-            _add_operators(output / "operators")
-        (output / NGRAMS).unlink(missing_ok=True)
-        if ngrams is not None:
-            ngrams.write(output / NGRAMS)
-        with replacing(output / "model_repository") as partial:
-            write_repository(partial)
-        with replacing(output / "tokenizer") as partial:
-            sources.copy_tokenizer(partial)
-        write_json(output / "manifest.json", _manifest(pipeline, sources, output))
+        with ExitStack() as parts:  # all are written before one takes its place, and the first of them does so last
+            write_json(parts.enter_context(replacing(manifest)), _manifest(pipeline, sources, output))
+            if pipeline.engine.backend == "openvino":
+                _write_operators(parts.enter_context(replacing(output / "operators")))
+            write_repository(parts.enter_context(replacing(output / "model_repository")))
+            tokenizer = parts.enter_context(replacing(output / "tokenizer"))
+            tokenizer.mkdir()
+            sources.copy_tokenizer(tokenizer)
+            if table is not None:
+                shutil.copyfile(table, parts.enter_context(replacing(output / NGRAMS)))
+            manifest.unlink(missing_ok=True)
+            if table is None:
+                (output / NGRAMS).unlink(missing_ok=True)
     print(f"{output}: ready after {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -122,17 +128,17 @@ def _ngrams(pipeline: Pipeline) -> NGrams | None:
         raise BuildError(f"decoding.ngrams: {error}; python -m training.ngrams makes one") from None
 
 
-def _add_operators(place: Path) -> None:
+def _write_operators(folder: Path) -> None:
     """The project's operators, compiled for OpenVINO; a build without them is served, and slower."""
     from export.checkpoints import cache_directory
     from plugins.openvino import library
 
-    with replacing(place) as partial:
-        try:
-            for made in library.compiled(cache_directory() / "operators"):
-                shutil.copy(made.path, partial)
-        except library.CompileError as error:
-            print(f"operators: {error}", flush=True)
+    folder.mkdir()
+    try:
+        for made in library.compiled(cache_directory() / "operators"):
+            shutil.copy(made.path, folder)
+    except library.CompileError as error:
+        print(f"operators: {error}", flush=True)
 
 
 def _profiles(pipeline: Pipeline, sources: "Sources", graph: str) -> tensorrt_build.Profiles:
@@ -186,24 +192,6 @@ def _manifest(pipeline: Pipeline, sources: "Sources", output: Path) -> dict[str,
 
 
 @contextmanager
-def replacing(place: Path) -> Iterator[Path]:
-    """A fresh folder that takes the place of another when the block ends, and is dropped if it fails."""
-    partial, old = place.with_name(f".{place.name}.partial"), place.with_name(f".{place.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if place.exists():
-        place.rename(old)
-    partial.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
 def _alone(output: Path) -> Iterator[IO[str]]:
     with (output / ".lock").open("w") as lock:
         try:
@@ -214,10 +202,8 @@ def _alone(output: Path) -> Iterator[IO[str]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    """Write a JSON file for people to read."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def storage_error(error: BaseException | None) -> str | None:
@@ -249,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if (reason := storage_error(error)) is None:
             raise
-        print(f"error: {args.output}: {reason}; what was whole before still is", file=sys.stderr)
+        whole = (args.output / "manifest.json").exists()
+        left = "the former build is whole" if whole else "no build is whole; the same command goes on from here"
+        print(f"error: {args.output}: {reason}; {left}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

