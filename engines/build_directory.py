@@ -10,6 +10,7 @@ from engines import costs
 from engines.costs import Costs
 from engines.dense import DenseEngine, Drafter, Target
 from engines.engine import GraphInfo
+from engines.kept import Kept
 from engines.memory import pool_blocks
 
 NGRAMS = "ngrams.npz"
@@ -107,8 +108,8 @@ class BuildDirectory:
         return lambda folder, info, recorded: (Target if info.mask_id < 0 else Drafter)(make(folder, info, recorded))
 
     def _paged(self, wanted: str) -> Callable[[Path, GraphInfo, dict[str, Any]], Any]:
-        from engines.openvino import Kept, OpenVinoGraph, choose, require
-        from engines.openvino_operators import attends, usable
+        from engines.openvino import OpenVinoGraph, choose, require
+        from engines.openvino_operators import keeps, usable
         from engines.paged import PagedDrafter, PagedTarget, block_bytes, scratch_rows, sequence_blocks
 
         require()
@@ -116,8 +117,7 @@ class BuildDirectory:
         operators = usable(self.path / "operators") if precision == "f32" else None
 
         def kept(info: GraphInfo, recorded: dict[str, Any]) -> Kept:
-            """What K/V are kept in: f16 where weights are rounded far more than that."""
-            return "f16" if recorded["weights"]["form"] != "f32" and attends(info, precision, operators) else precision
+            return keeps(info, precision, operators, rounded=recorded["weights"]["form"] != "f32")
 
         size, branches = (self.manifest["decoding"][name] for name in ("block_size", "branches"))
         scratch = scratch_rows(size, branches)

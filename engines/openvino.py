@@ -7,6 +7,7 @@ It reads the ONNX file that ``export/paged_graph.py`` wrote; how it reads the pr
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from engines import openvino_operators
 from engines.cpu import has
 from engines.engine import EngineError, GraphInfo
+from engines.kept import NUMBERS, Kept, move
 from engines.memory import free_memory
 from engines.openvino_fusion import fuse
 from engines.paged import BLOCK
@@ -23,7 +25,6 @@ from plugins.openvino.library import Library
 
 ADVICE = "install d2sd-triton[cpu], or choose engine.backend onnxruntime"
 Precision = str  # of activations: f32 or bf16
-Kept = str  # what K/V are kept in: the precision, or f16
 # Of quantised weights alone: where the CPU multiplies 8-bit numbers, OpenVINO rounds activations to 8 bits in groups as long as
 # a block of weights. Elsewhere it means nothing.
 ROUNDED = 32
@@ -66,8 +67,7 @@ class OpenVinoGraph:
     Args:
         folder: of the engine, with ``paged.onnx``. precision: f32 or bf16.
         blocks: of the pool, and one more. operators: the library of ``plugins/openvino``; None: OpenVINO's own.
-        block_size: γ of a drafter. kept: what K/V are kept in; the precision, or f16 with our attention
-            (``openvino_operators.attends``).
+        block_size: γ of a drafter. kept: what K/V are kept in (``openvino_operators.keeps``).
 
     Attributes:
         forms: numbers of rows that have a form of their own: as many as memory is left for.
@@ -88,7 +88,8 @@ class OpenVinoGraph:
     ) -> None:
         ov = require()
         self.info = info
-        own = f", own operators ({operators.instructions.name})" if operators else ""
+        pairs = ", attention in bf16" if kept == "pairs" else ""
+        own = f", own operators ({operators.instructions.name}{pairs})" if operators else ""
         self.runtime = f"OpenVINO {ov.__version__.split('-')[0]}, {precision}{own}"
         self._ov, self._core = ov, ov.Core()
         for extension in openvino_operators.extensions(ov, info, precision, operators):
@@ -103,13 +104,14 @@ class OpenVinoGraph:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(ROUNDED),
         }
         shape = (2 * info.layers, blocks, info.kv_heads, BLOCK, info.head_dim)
-        self.cache: NDArray = np.zeros(shape, {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[kept])
-        kind = {"f32": ov.Type.f32, "f16": ov.Type.u8, "bf16": ov.Type.bf16}[kept]
+        self.cache: NDArray = np.zeros(shape, NUMBERS[kept])
+        self.move = partial(move, self.cache, kept)
+        kind = {"f32": ov.Type.f32, "f16": ov.Type.u8, "pairs": ov.Type.i8, "bf16": ov.Type.bf16}[kept]
         # A request does not keep alive what it reads in place. Our attention needs to know where a pool begins, no more: while
         # it compiles, OpenVINO takes memory of its own for all that a shape names.
         shown = self.cache[:, :1] if self._fixed else self.cache
-        if kept == "f16":  # which OpenVINO would turn into f32, if it knew of it
-            shown = shown.view(np.uint8)
+        if kept in ("f16", "pairs"):  # which OpenVINO would turn into f32, if it knew of them: bytes, and such with signs
+            shown = shown.view(np.uint8 if kept == "f16" else np.int8)
         self._held = {
             f"past_{name}": ov.Tensor(rows, list(rows.shape), kind)
             if precision == "bf16"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engines.cpu import has
 from engines.engine import GraphInfo
+from engines.kept import Kept
 from plugins.block_matmul.packed import Packed, pack, pack_floats
 from plugins.openvino import library as libraries
 from plugins.openvino.library import Library
@@ -63,6 +64,13 @@ def extensions(ov: Any, info: GraphInfo, precision: str, library: Library | None
 def attends(info: GraphInfo, precision: str, library: Library | None) -> bool:
     """Whether attention is the project's own operator, too: it has floats, in whole registers."""
     return library is not None and precision == "f32" and info.head_dim % library.instructions.lanes == 0
+
+
+def keeps(info: GraphInfo, precision: str, library: Library | None, *, rounded: bool) -> Kept:
+    """What K/V are kept in. rounded: whether weights are, far more than K/V in half the memory."""
+    if not rounded or not attends(info, precision, library):
+        return "bf16" if precision == "bf16" else "f32"
+    return "pairs" if library is not None and library.instructions == libraries.AVX512 and has("avx512_bf16") else "f16"
 
 
 def attention(ov: Any, info: GraphInfo, factory: Any) -> Any:

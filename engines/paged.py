@@ -132,6 +132,9 @@ class Graph(Protocol):
     def fit(self, rows: int) -> int:
         """How many rows a call of so many had better have; more of them come at the end, and mean nothing."""
 
+    def move(self, block: Sequence[int], place: Sequence[int], to_block: Sequence[int], to_place: Sequence[int]) -> None:
+        """Copy K/V of rows (``kept.move``)."""
+
     def run(self, inputs: dict[str, NDArray]) -> dict[str, NDArray]:
         """Run over rows; K/V of all of them are written behind what their sequences hold. The next run overwrites the
         outputs."""
@@ -285,9 +288,7 @@ class PagedTarget(Paged):
             if chosen[-1] != len(chosen) - 1:
                 moved += zip(*self.places(one, [one.length + node for node in chosen]), *there, strict=True)
         if moved:
-            block, place, to_block, to_place = map(list, zip(*moved, strict=True))
-            cache = self.graph.cache
-            cache[:, to_block, :, to_place] = cache[:, block, :, place]
+            self.graph.move(*map(list, zip(*moved, strict=True)))
         for one, chosen in zip(self._last, rows, strict=True):
             self.grow(one, len(chosen))
 

@@ -5,6 +5,9 @@
 // their maximum, once over values. A row's result is the same to the bit wherever the keys that it sees lie: keys that it does
 // not see between them add nothing, values are summed key by key, and weights as integers, in whatever order. So a tree's rows
 // are plain decoding's.
+//
+// Where the CPU multiplies pairs of bf16 numbers (AVX512_BF16), twice as many at once as floats, keys and values can lie in pairs.
+// A pair's products are added one by one, so a row's result stays what it is.
 #pragma once
 
 #include <tbb/parallel_for.h>
@@ -27,10 +30,22 @@ constexpr size_t QUERIES = 16;   // rows that walk a block together, at most
 constexpr float UNIT = 1 << 25;  // that weights are counted in, 32 of them in 32 bits
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
+// What keys and values are multiplied with, and how many of it are one.
+template <typename Stored>
+struct Kind {
+    using Factor = float;
+    static constexpr size_t NUMBERS = 1;
+};
+template <>
+struct Kind<Brief> {
+    using Factor = Pair;
+    static constexpr size_t NUMBERS = 2;
+};
+
 template <typename Stored>
 struct Attention {
     const float *q, *k, *v;  // [R, H · D], [R, Hkv · D]
-    Stored *past_k, *past_v;  // [blocks, Hkv, 32, D]
+    Stored *past_k, *past_v;  // [blocks, Hkv, 32, D]; in pairs k [.., D/2, 32, 2] and v [.., 16, D, 2], each second one first
     const int32_t *lengths, *begins, *blocks, *block_begins;
     const uint8_t* mask;
     const int32_t* mask_begins;
@@ -118,23 +133,89 @@ INLINE void gather(const float (*weights)[KEYS], const Stored* values, size_t di
         UNROLLED for (size_t r = 0; r < Registers; r++) store(out[i] + d + r * LANES, total[i][r]);
 }
 
-template <size_t Count, typename Stored>
-INLINE void gather_all(const float (*weights)[KEYS], const Stored* values, size_t dim, size_t keys, float* const* out) {
+// Weights of some of a query's scores, of which highest is the greatest; returns what they come to, in units.
+INLINE Integers weigh(const float* scores, Reals highest, float* weights) {
+    const Reals own = load(scores), weight = where_not(own, NEVER, exponential(own - highest));
+    store(weights, weight);
+    return integers(weight * all(UNIT));
+}
+
+#ifdef __AVX512VNNI__
+
+template <size_t Count>
+INLINE void score(const Pair* q, const Brief* keys, size_t dim, float* scores, size_t width) {
+    const size_t pairs = dim / 2;
+    const Pair* each = reinterpret_cast<const Pair*>(keys);
+    Reals low[Count], high[Count];  // keys
+    UNROLLED for (size_t i = 0; i < Count; i++) low[i] = high[i] = zeros();
+    for (size_t pair = 0; pair < pairs; pair++, each += KEYS) {
+        const Integers lower = load(each), upper = load(each + LANES);
+        UNROLLED for (size_t i = 0; i < Count; i++) {
+            const Integers part = all_integers(q[i * pairs + pair]);
+            low[i] = add_products(low[i], part, lower);
+            high[i] = add_products(high[i], part, upper);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < Count; i++) {
+        store(scores + i * width, low[i]);
+        store(scores + i * width + LANES, high[i]);
+    }
+}
+
+template <size_t Count, size_t Registers>
+INLINE void gather(const Pair (*weights)[KEYS / 2], const Brief* values, size_t dim, size_t keys, float* const* out, size_t d) {
+    const Pair* each = reinterpret_cast<const Pair*>(values) + d;
+    Reals total[Count][Registers];
+    UNROLLED for (size_t i = 0; i < Count; i++)
+        UNROLLED for (size_t r = 0; r < Registers; r++) total[i][r] = load(out[i] + d + r * LANES);
+    for (size_t pair = 0; 2 * pair < keys; pair++, each += dim) {
+        Integers value[Registers];
+        UNROLLED for (size_t r = 0; r < Registers; r++) value[r] = load(each + r * LANES);
+        UNROLLED for (size_t i = 0; i < Count; i++) {
+            const Integers weight = all_integers(weights[i][pair]);
+            UNROLLED for (size_t r = 0; r < Registers; r++) total[i][r] = add_products(total[i][r], weight, value[r]);
+        }
+    }
+    UNROLLED for (size_t i = 0; i < Count; i++)
+        UNROLLED for (size_t r = 0; r < Registers; r++) store(out[i] + d + r * LANES, total[i][r]);
+}
+
+// In pairs of which each second one is first. They are counted as they are rounded.
+INLINE Integers weigh(const float* scores, Reals highest, Pair* weights) {
+    Reals two[2];
+    UNROLLED for (size_t i = 0; i < 2; i++) {
+        const Reals own = load(scores + i * LANES);
+        two[i] = where_not(own, NEVER, exponential(own - highest));
+    }
+    const Integers pairs = brief(two[0], two[1]);
+    store(weights, swapped(pairs));
+    return sum(integers(lower(pairs) * all(UNIT)), integers(upper(pairs) * all(UNIT)));
+}
+
+#endif
+
+template <size_t Count, typename Stored, typename Weights>
+INLINE void gather_all(const Weights* weights, const Stored* values, size_t dim, size_t keys, float* const* out) {
     constexpr size_t REGISTERS = LANES == 8 && Count == 1 ? 8 : 4;
     size_t d = 0;
     for (; d + REGISTERS * LANES <= dim; d += REGISTERS * LANES) gather<Count, REGISTERS>(weights, values, dim, keys, out, d);
     for (; d < dim; d += LANES) gather<Count, 1>(weights, values, dim, keys, out, d);
 }
 
-// Queries 0 to count, as many at a time as there are registers for: of(the first of them, how many).
-template <typename Of>
-INLINE void some_at_a_time(size_t count, Of of) {
-    constexpr size_t MOST = LANES == 16 ? 4 : 2;
-    size_t i = 0;
-    for (; i + MOST <= count; i += MOST) of(i, std::integral_constant<size_t, MOST>());
-    if (MOST > 2 && count - i == 3) of(i, std::integral_constant<size_t, 3>());
-    if (MOST > 2 && count - i == 2) of(i, std::integral_constant<size_t, 2>());
-    if (count - i == 1) of(i, std::integral_constant<size_t, 1>());
+// Queries first to count, at most Most at a time: of(the first of them, how many).
+template <size_t Most, typename Of>
+INLINE void some_at_a_time(size_t count, Of of, size_t first = 0) {
+    for (; first + Most <= count; first += Most) of(first, std::integral_constant<size_t, Most>());
+    if constexpr (Most > 1) some_at_a_time<Most == 8 ? 4 : Most - 1>(count, of, first);
+}
+
+constexpr size_t TOGETHER = LANES == 16 ? 4 : 2;  // queries, as there are registers for; of pairs twice as many look at keys
+
+// A query as what keys are multiplied with.
+INLINE void ask(const float* query, size_t dim, float* asked) { std::memcpy(asked, query, dim * sizeof(float)); }
+INLINE void ask(const float* query, size_t dim, Pair* asked) {
+    for (size_t pair = 0; pair < dim / 2; pair++)
+        asked[pair] = brief(query[2 * pair]).bits | static_cast<Pair>(brief(query[2 * pair + 1]).bits) << 16;
 }
 
 // What rows of a sequence ask of a KV head, with all query heads that share it.
@@ -152,13 +233,17 @@ void attend(const Attention<Stored>& a, const Work& work) {
     const size_t sequence = work.sequence, kv_head = work.kv_head, count = work.count;
     const size_t n = a.rows(sequence), group = a.heads / a.kv_heads, dim = a.dim;
     const size_t past = a.lengths[sequence], begin = a.begins[sequence];
-    std::vector<float> queries(count * dim);
+    using Factor = typename Kind<Stored>::Factor;
+    constexpr size_t NUMBERS = Kind<Stored>::NUMBERS;
+    std::vector<float> query(dim);
+    std::vector<Factor> queries(count * dim / NUMBERS);
     float* out[QUERIES];
     size_t seen = past;  // keys, of which the mask hides some
     for (size_t i = 0; i < count; i++) {
         const size_t at = ((begin + work.row(i)) * a.heads + kv_head * group + work.head(i)) * dim;
-        a.turn(a.q + at, begin + work.row(i), &queries[i * dim]);
-        for (size_t d = 0; d < dim; d++) queries[i * dim + d] *= a.scale;
+        a.turn(a.q + at, begin + work.row(i), query.data());
+        for (size_t d = 0; d < dim; d++) query[d] *= a.scale;
+        ask(query.data(), dim, &queries[i * dim / NUMBERS]);
         out[i] = a.out + at;
         seen = std::max(seen, past + work.row(i) + 1);  // no row sees a later one
     }
@@ -170,8 +255,8 @@ void attend(const Attention<Stored>& a, const Work& work) {
         const size_t start = block * KEYS;
         const Stored* keys = a.past_k + a.place(sequence, block, kv_head);
         fetch(block + 1 < blocks ? a.past_k + a.place(sequence, block + 1, kv_head) : a.past_v + a.place(sequence, 0, kv_head), dim);
-        some_at_a_time(count, [&](size_t i, auto n) {
-            score<n>(&queries[i * dim], keys, dim, &scores[i * width + start], width);
+        some_at_a_time<TOGETHER * NUMBERS>(count, [&](size_t i, auto n) {
+            score<n>(&queries[i * dim / NUMBERS], keys, dim, &scores[i * width + start], width);
         });
         for (size_t i = 0; i < count; i++) {
             float* own = &scores[i * width + start];
@@ -190,22 +275,33 @@ void attend(const Attention<Stored>& a, const Work& work) {
         const size_t start = block * KEYS, keys = std::min(KEYS, seen - start);
         const Stored* values = a.past_v + a.place(sequence, block, kv_head);
         if (block + 1 < blocks) fetch(a.past_v + a.place(sequence, block + 1, kv_head), dim);
-        alignas(64) float weights[QUERIES][KEYS];
+        alignas(64) Factor weights[QUERIES][KEYS / NUMBERS];
         for (size_t i = 0; i < count; i++) {
             Integers units = no_integers();
-            for (size_t g = 0; g < KEYS; g += LANES) {
-                const Reals own = load(&scores[i * width + start + g]);
-                const Reals weight = where_not(own, NEVER, exponential(own - highest[i]));
-                store(weights[i] + g, weight);
-                units = sum(units, integers(weight * all(UNIT)));
-            }
+            for (size_t g = 0; g < KEYS; g += LANES * NUMBERS)
+                units = sum(units, weigh(&scores[i * width + start + g], highest[i], weights[i] + g / NUMBERS));
             whole[i] += total(units);
         }
-        some_at_a_time(count, [&](size_t i, auto n) { gather_all<n>(weights + i, values, dim, keys, out + i); });
+        some_at_a_time<TOGETHER>(count, [&](size_t i, auto n) { gather_all<n>(weights + i, values, dim, keys, out + i); });
     }
     for (size_t i = 0; i < count; i++) {
         const float share = whole[i] > 0 ? UNIT / static_cast<float>(whole[i]) : 0.0f;
         for (size_t d = 0; d < dim; d++) out[i][d] *= share;
+    }
+}
+
+// A key's or value's place in its block is key.
+template <typename Stored>
+INLINE void put(const float* k, const float* v, size_t key, size_t dim, Stored* keys, Stored* values) {
+    for (size_t d = 0; d < dim; d += EIGHT) {
+        store(keys + key * dim + d, eight(k + d));
+        store(values + key * dim + d, eight(v + d));
+    }
+}
+INLINE void put(const float* k, const float* v, size_t key, size_t dim, Brief* keys, Brief* values) {
+    for (size_t d = 0; d < dim; d++) {
+        keys[(d / 2 * KEYS + key) * 2 + d % 2] = brief(k[d]);
+        values[(key / 2 * dim + d) * 2 + 1 - key % 2] = brief(v[d]);
     }
 }
 
@@ -218,12 +314,9 @@ void append(const Attention<Stored>& a) {
             const size_t at = a.lengths[sequence] + row;
             for (size_t head = 0; head < a.kv_heads; head++) {
                 const size_t from = ((a.begins[sequence] + row) * a.kv_heads + head) * a.dim;
-                const size_t to = a.place(sequence, at / KEYS, head) + at % KEYS * a.dim;
+                const size_t to = a.place(sequence, at / KEYS, head);
                 a.turn(a.k + from, a.begins[sequence] + row, key.data());
-                for (size_t d = 0; d < a.dim; d += EIGHT) {
-                    store(a.past_k + to + d, eight(&key[d]));
-                    store(a.past_v + to + d, eight(a.v + from + d));
-                }
+                put(key.data(), a.v + from, at % KEYS, a.dim, a.past_k + to, a.past_v + to);
             }
         }
 }

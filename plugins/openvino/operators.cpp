@@ -86,7 +86,8 @@ public:
 
 // Inputs: q [R, H · D], k, v [R, Hkv · D], what export/paged_graph.py tells of sequences and blocks, and cosines and sines
 // [.., R, D], where queries and keys are to be turned by them. The pool, an input that may show no more than its first block, is
-// written to; it holds f32, or, given as bytes, f16: OpenVINO would turn that into f32 in front of us. What is told may lie in
+// written to; it holds f32, or, given as bytes, f16, or, as bytes with signs, pairs of bf16: OpenVINO would turn these into f32 in
+// front of us. What is told may lie in
 // larger buffers: sequences end where all rows are theirs.
 class CascadeAttention : public Operator<CascadeAttention, Heads> {
 public:
@@ -104,8 +105,13 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         outputs[0].set_shape(inputs[0].get_shape());
-        if (inputs[3].get_element_type() == ov::element::u8)
+        const auto kept = inputs[3].get_element_type();
+        if (kept == ov::element::u8)
             attend_over<Half>(outputs, inputs);
+#ifdef __AVX512VNNI__
+        else if (kept == ov::element::i8)
+            attend_over<Brief>(outputs, inputs);
+#endif
         else
             attend_over<float>(outputs, inputs);
         return true;

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #define INLINE __attribute__((always_inline)) inline  // or sums leave their registers for a call
 #define UNROLLED _Pragma("GCC unroll 8")              // or they leave them in every step
@@ -16,6 +17,17 @@ constexpr size_t LINE = 64;  // bytes that are fetched at once
 struct Half {  // a float of 16 bits
     uint16_t bits;
 };
+
+struct Brief {  // a float's upper 16 bits (bf16)
+    uint16_t bits;
+};
+using Pair = uint32_t;  // of Brief, the first one below
+
+INLINE Brief brief(float x) {  // to the nearest, or to the even one
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
 
 constexpr size_t EIGHT = 8;  // floats, of which some functions make do
 INLINE __m256 eight(const float* at) { return _mm256_loadu_ps(at); }
@@ -81,6 +93,23 @@ INLINE Integers bytes(const uint8_t* at) { return _mm512_loadu_si512(at); }
 INLINE Integers all_integers(int x) { return _mm512_set1_epi32(x); }
 INLINE Integers low_bits(Integers x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE Integers high_bits(Integers x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+// Products of bf16 numbers are added pair by pair, each pair's upper ones first, and rounded after each (Intel's manual, VDPBF16PS).
+// By the assembler's names: not every CPU that this is compiled for has them, who calls them knows that this one does.
+INLINE Reals add_products(Reals sum, Integers a, Integers b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+INLINE Integers brief(Reals first, Reals second) {
+    Integers pairs;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(pairs) : "v"(second), "v"(first));
+    return pairs;
+}
+INLINE Reals lower(Integers pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+INLINE Reals upper(Integers pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xFFFF))); }
+INLINE Integers swapped(Integers pairs) { return _mm512_rol_epi32(pairs, 16); }
+INLINE Integers load(const Pair* at) { return _mm512_loadu_si512(at); }
+INLINE void store(Pair* to, Integers x) { _mm512_storeu_si512(to, x); }
+
 // Sums of products of 4-bit codes with bytes: here in 32 bits; with AVX2 in 16, which hold those of a block (16·15·127).
 INLINE Integers dot_bytes(Integers sum, Integers a, Integers b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE Integers of_dots(Integers sum) { return sum; }

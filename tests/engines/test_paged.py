@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.engine import EngineError, GraphInfo
+from engines.kept import move
 from engines.paged import BLOCK, SCRATCH, BlockPool, PagedTarget, block_bytes, scratch_rows, sequence_blocks
 
 
@@ -23,6 +24,9 @@ class Echo:
 
     def fit(self, rows):
         return -(-rows // 3) * 3
+
+    def move(self, *rows):
+        move(self.cache, "f32", *rows)
 
     def run(self, inputs):
         tokens, positions = inputs["token_ids"][0], inputs["positions"][0]
