@@ -67,7 +67,8 @@ class Options:
     Attributes:
         max_tokens: length of the answer, at most.
         temperature: 0 is greedy. top_k: 0 keeps all tokens. top_p: above 0 and at most 1.
-        seed: of the draws; the same request with the same seed has the same answer.
+        seed: of the draws; the same request with the same seed has the same answer, as far as rounding allows (Seeds in
+            docs/triton.md).
         stop_words: texts, the first of which ends the answer and does not belong to it.
         end_id: token that ends the answer instead of the target's own; -1 for the target's own.
         mode: decoding mode instead of the pipeline's.

@@ -172,6 +172,8 @@ def test_nvidias_own_client_call(server):
     assert post(server, body | neutral).json()["text_output"] == response.json()["text_output"]
 
 
+USER = '{"role": "user", "content": "x"}'
+DEEP = "[" * 600 + "]" * 600
 BAD = [
     ({"text_input": ""}, "text_input: found an empty prompt"),
     ({"max_tokens": 3}, "request has 0 inputs"),
@@ -201,6 +203,12 @@ BAD = [
         "messages[0].role: found 'boss', allowed: system, developer, user, assistant, tool",
     ),
     ({"messages": '[{"role": "user", "content": 3}]'}, "messages[0].content: found int, allowed: text"),
+    ({"messages": f"[{USER}]", "chat_template_kwargs": f'{{"x": {DEEP}}}'}, "found JSON of too many levels"),
+    ({"messages": f'[{{"role": "assistant", "tool_calls": [{{"x": {DEEP}}}]}}]'}, "found JSON of too many levels"),
+    ({"messages": f"[{USER}]", "chat_template_kwargs": r'{"a\nb": 1}'}, r"chat_template_kwargs.a\nb: unknown, allowed: none"),
+    ({"messages": f"[{USER}]", "chat_template_kwargs": r'{"\ud800": 1}'}, r"chat_template_kwargs.\ud800: unknown, allowed: no"),
+    ({"messages": r'[{"role": "user", "content": "x", "a\nb": 1}]'}, r"messages[0].a\nb: unknown, allowed: role"),
+    ({"messages": r'[{"role": "user", "content": "x", "\ud800": 1}]'}, r"messages[0].\ud800: unknown, allowed: role"),
     ({"text_input": ["a", "b"]}, "batch-size must be <= 1"),
 ]
 
@@ -214,6 +222,36 @@ def test_a_bad_request_gets_one_line_and_the_server_goes_on(server, body, messag
         assert message in error
         assert "\n" not in error
     assert post(server, {"text_input": "x", "max_tokens": 2}).status_code == 200
+
+
+# docs/triton.md has them in its table.
+TRITONS_OWN = [
+    ({"max_tokens": "4"}, 500, "Unable to parse 'data': attempt to access JSON non-signed-integer as signed-integer"),
+    ({"max_tokens": 4.7}, 500, "Unable to parse 'data': attempt to access JSON non-signed-integer as signed-integer"),
+    ({"max_tokens": None}, 500, "Unable to parse 'data': attempt to access JSON non-signed-integer as signed-integer"),
+    ({"max_tokens": 2**63}, 500, "Unable to parse 'data': attempt to access JSON non-signed-integer as signed-integer"),
+    ({"seed": -1}, 500, "Unable to parse 'data': attempt to access JSON non-unsigned-integer as unsigned-integer"),
+    ({"text_input": None}, 500, "Unable to parse JSON bytes array: attempt to access JSON non-string as string"),
+    (
+        {"messages": [{"role": "user", "content": "x"}]},
+        500,
+        "Unable to parse JSON bytes array: attempt to access JSON non-string",
+    ),
+    ({"max_tokens": 2**31}, 400, "max_tokens: found -2147483648, allowed: 1 or more"),
+    ({"stream": True}, 200, "generate expects model to produce exactly 1 response, use generate stream"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "words"), TRITONS_OWN, ids=[str(body) for body, _, _ in TRITONS_OWN])
+def test_what_triton_says_itself_over_http(server, body, status, words):
+    response = post(server, {"text_input": "the quick", "max_tokens": 9} | body)
+    assert response.status_code == status
+    assert words in response.json()["error"]
+
+
+def test_what_triton_takes_for_something_else_over_http(server):
+    answer = post(server, {"text_input": "the quick", "max_tokens": 2**32 + 4, "max_token": 2}).json()
+    assert answer["output_tokens"] == 4
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            ids = self._tokenize(request)
+            return pb_utils.InferenceResponse([tensors.output("input_ids", self._tokenize(request), np.int32)])
         except ValueError as error:
             return pb_utils.InferenceResponse(error=tensors.invalid(error))
-        return pb_utils.InferenceResponse([tensors.output("input_ids", ids, np.int32)])
+        except Exception as error:  # whatever it is, it is this request's alone
+            pb_utils.Logger.log_error(f"preprocessing: a request could not be read: {error!r}")
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the request could not be read: {error!r}"))
 
     def _tokenize(self, request: Any) -> list[int]:
         for name, neutral in NEUTRAL.items():
