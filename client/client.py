@@ -105,37 +105,48 @@ class Client:
             except InferenceServerException as error:
                 raise ServiceError(f"{self.address}: {_message(error)}") from None
             finally:
-                # An ensemble does not hear that its client has left, so it is told; and a stream that has had its last
+                # An ensemble does not hear that its client has left, so d2sd is told; and a stream that has had its last
                 # response is not cancelled, because Triton would wait for it to end for ever.
                 if begun and not ended:
                     service.async_stream_infer(DECODER, to_tensors({"stop": True}, module), request_id=request_id)
                 service.stop_stream(cancel_requests=silent)
 
     def _over_http(self, named: dict[str, Any]) -> Iterator[Piece]:
-        url = f"http://{self.address}/v2/models/{MODEL}/generate{'_stream' if named['stream'] else ''}"
+        request_id, ended = uuid.uuid4().hex, False
+        url, asked = _url(self.address, MODEL, named["stream"]), named | {"id": request_id}
         try:
-            with httpx.stream("POST", url, json=named, timeout=self.timeout) as response:
+            with httpx.stream("POST", url, json=asked, timeout=self.timeout) as response:
                 if not named["stream"] or response.status_code != httpx.codes.OK:
-                    yield from_json(response.read().decode().removeprefix("data: "))
+                    told, ended = response.read().decode(), True
+                    yield from_json(told.removeprefix("data: "))
                     return
                 for line in response.iter_lines():
                     if line.startswith("data: "):
-                        yield from_json(line.removeprefix("data: "))
+                        ended = True  # by an error
+                        piece = from_json(line.removeprefix("data: "))
+                        ended = bool(piece.finish_reason)
+                        yield piece
         except httpx.HTTPError as error:
             raise ServiceError(f"{self.address}: {error}") from None
+        finally:
+            if not ended:  # nobody hears that a client of HTTP has left
+                with suppress(httpx.HTTPError):
+                    httpx.post(_url(self.address, DECODER), json={"id": request_id, "stop": True}, timeout=LEAVING)
 
 
 class AsyncClient:
     """An asynchronous client, with the arguments, methods and errors of ``Client``.
 
-    One client serves many requests at once; as a context manager it closes its connection. A request may carry an id, which
-    the server's own log and traces show, and headers (``traceparent`` for one), which reach it as they are.
+    One client serves many requests at once; as a context manager it closes its connection. A request may carry an id, with
+    which the one begins that the server's own log and traces show, and headers (``traceparent`` for one), which reach it as
+    they are.
     """
 
     def __init__(self, address: str | None = None, protocol: Protocol = "grpc", timeout: float = 300.0) -> None:
         self.address, self.protocol, self.timeout = address or USUAL[protocol], protocol, timeout
         self._grpc: Any = None
         self._http: httpx.AsyncClient | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def generate(
         self, prompt: Prompt, options: Options = DEFAULTS, request_id: str = "", headers: Headers = NONE
@@ -160,6 +171,8 @@ class AsyncClient:
             return False
 
     async def close(self) -> None:
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=LEAVING)
         if self._grpc is not None:
             await self._grpc.close()
         if self._http is not None:
@@ -177,21 +190,20 @@ class AsyncClient:
         self, prompt: Prompt, options: Options, stream: bool, request_id: str, headers: Headers
     ) -> AsyncGenerator[Piece, None]:
         named = fields_of(prompt, options, stream)
-        if self.protocol == "grpc":
-            return self._over_grpc(named, request_id, headers)
-        return self._over_http(named | ({"id": request_id} if request_id else {}), headers)
+        # Of its own, whoever else asks under the same name: what is told to stop is this one.
+        request_id = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-")
+        return (self._over_grpc if self.protocol == "grpc" else self._over_http)(named, request_id, headers)
 
     def _stub(self) -> Any:
         self._grpc = self._grpc or tritonclient.grpc.aio.InferenceServerClient(self.address, channel_args=CHANNEL)
         return self._grpc
 
     def _session(self) -> httpx.AsyncClient:
-        self._http = self._http or httpx.AsyncClient(timeout=self.timeout)
+        # Who has to wait, waits in the service, where it can be told to stop.
+        self._http = self._http or httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits(max_connections=None))
         return self._http
 
     async def _over_grpc(self, named: dict[str, Any], request_id: str, headers: Headers) -> AsyncGenerator[Piece, None]:
-        # Of its own, whoever else asks under the same name: what is told to stop is this one.
-        request_id = f"{request_id}-{uuid.uuid4().hex}".removeprefix("-")
         module = tritonclient.grpc.aio
         tensors = {"inputs": to_tensors(named, module), "outputs": to_outputs(named, module)}
         asked = _one({"model_name": MODEL, **tensors, "request_id": request_id, "enable_empty_final_response": True})
@@ -212,7 +224,7 @@ class AsyncClient:
             await reading
         finally:
             if not ended:  # as in ``Client``
-                await self._stop(request_id)
+                await self._leave(request_id)
             await asyncio.wait([reading], timeout=LEAVING)
             responses.cancel()  # a service that says nothing; one that has ended its stream does not hear of it
         if failure is not None:
@@ -234,29 +246,52 @@ class AsyncClient:
         finally:
             arrived.put_nowait(None)
 
-    async def _stop(self, request_id: str) -> None:
-        stop = {"model_name": DECODER, "inputs": to_tensors({"stop": True}, tritonclient.grpc.aio), "request_id": request_id}
-        told = self._stub().stream_infer(_one(stop), stream_timeout=LEAVING)
-        with suppress(grpc.aio.AioRpcError):
-            async for _ in told:
-                pass
-
-    async def _over_http(self, named: dict[str, Any], headers: Headers) -> AsyncGenerator[Piece, None]:
-        url = f"http://{self.address}/v2/models/{MODEL}/generate{'_stream' if named['stream'] else ''}"
+    async def _over_http(self, named: dict[str, Any], request_id: str, headers: Headers) -> AsyncGenerator[Piece, None]:
+        ended = False
+        url, asked = _url(self.address, MODEL, named["stream"]), named | {"id": request_id}
         try:
-            async with self._session().stream("POST", url, json=named, headers=dict(headers)) as response:
+            async with self._session().stream("POST", url, json=asked, headers=dict(headers)) as response:
                 if not named["stream"] or response.status_code != httpx.codes.OK:
-                    yield from_json((await response.aread()).decode().removeprefix("data: "))
+                    told, ended = (await response.aread()).decode(), True
+                    yield from_json(told.removeprefix("data: "))
                     return
                 async for line in response.aiter_lines():
                     if line.startswith("data: "):
-                        yield from_json(line.removeprefix("data: "))
+                        ended = True  # as in ``Client``
+                        piece = from_json(line.removeprefix("data: "))
+                        ended = bool(piece.finish_reason)
+                        yield piece
         except httpx.HTTPError as error:
             raise ServiceError(f"{self.address}: {error}", "UNAVAILABLE") from None
+        finally:
+            if not ended:
+                await self._leave(request_id)
+
+    async def _leave(self, request_id: str) -> None:
+        """Tell the service, also if whoever leaves is cancelled again before it has heard."""
+        telling = asyncio.create_task(self._stop(request_id))
+        self._leaving.add(telling)
+        telling.add_done_callback(self._leaving.discard)
+        await asyncio.shield(telling)
+
+    async def _stop(self, request_id: str) -> None:
+        with suppress(Exception):  # a service that is not there, or a client that is closed
+            if self.protocol == "http":
+                stop = {"id": request_id, "stop": True}
+                await self._session().post(_url(self.address, DECODER), json=stop, timeout=LEAVING)
+                return
+            tensors = to_tensors({"stop": True}, tritonclient.grpc.aio)
+            asked = _one({"model_name": DECODER, "inputs": tensors, "request_id": request_id})
+            async for _ in self._stub().stream_infer(asked, stream_timeout=LEAVING):
+                pass
 
 
 async def _one(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     yield request
+
+
+def _url(address: str, model: str, stream: bool = False) -> str:
+    return f"http://{address}/v2/models/{model}/generate{'_stream' if stream else ''}"
 
 
 def _message(error: InferenceServerException) -> str:

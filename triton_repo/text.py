@@ -1,7 +1,7 @@
 """A growing answer as text: what of it can be shown already, and the stop word that ends it.
 
-Work for a token does not grow with the answer's length (a window of it is decoded), nor with the number of stop words (one
-automaton knows them all).
+Work for a token does not grow with the answer's length (a window of it is decoded, whatever it says), nor with the number of
+stop words (one automaton knows them all).
 """
 
 import json
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes decode to that are not UTF-8, or not yet
 STOP_WORDS = 16_384  # characters of a request's stop words together
-SPAN = 8  # tokens, at least, of the window before its new ones
+SPAN = 8  # tokens, at least, that stay when the window is cut: they tell which bytes at its end are no character yet
+WINDOW = 3 * SPAN  # tokens of which it is cut
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # How byte-level BPE writes bytes: those that are printable in Latin-1 as themselves, the others from U+0100 on (GPT-2's
 # encoder.py).
@@ -120,7 +121,7 @@ class Growing:
         self.vocabulary, self._words = vocabulary, stop_words
         self.tokens, self.stopped = 0, False
         self._window: list[int] = []  # tokens that are decoded, the last ones of the answer
-        self._mark = 0  # where in it another could begin: the text before is whole
+        self._run: list[int] = []  # byte tokens behind it: how they read is open until they end, however many there are
         self._decoded = 0  # characters of the window's text that were taken
         self._state = 0
         self._held: list[tuple[str, bool]] = []  # characters that a stop word could take back, and whether they are shown
@@ -129,7 +130,9 @@ class Growing:
         """The text that more tokens add, or that is left if ``final``. What follows a stop word is left out."""
         if self._words is None:
             self.tokens += len(ids)
-            self._window += [token for token in ids if token not in self.vocabulary.hidden]
+            for token in ids:
+                if token not in self.vocabulary.hidden:
+                    self._take(token)
             return self._decode(final)
         pieces = []
         for token in ids:
@@ -137,7 +140,7 @@ class Growing:
             if token in self.vocabulary.hidden:
                 pieces.append(self._match(self.vocabulary.hidden[token], shown=False))
             else:
-                self._window.append(token)
+                self._take(token)
                 pieces.append(self._match(self._decode(final=False), shown=True))
             if self.stopped:
                 return "".join(pieces)
@@ -147,27 +150,44 @@ class Growing:
             self._held = []
         return "".join(pieces)
 
+    def _take(self, token: int) -> None:
+        self._run.append(token)
+        if token not in self.vocabulary.bytes:
+            self._end_run()
+
+    def _end_run(self) -> None:
+        self._window += self._run
+        self._run = []
+
     def _decode(self, final: bool) -> str:
         """The characters that the window has more than were taken."""
-        whole = len(self._window)
-        while not final and whole and self._window[whole - 1] in self.vocabulary.bytes:
-            whole -= 1
-        text = self.vocabulary.decode(self._window[:whole])
-        stable = text if final else text.rstrip(REPLACEMENT)
-        new = stable[self._decoded :]
-        self._decoded = max(self._decoded, len(stable))
-        if whole == len(self._window) and stable == text:
+        if final:
+            self._end_run()
+        text = self.vocabulary.decode(self._window) if final else self._text(self._window)
+        new = text[self._decoded :]
+        self._decoded = max(self._decoded, len(text))
+        if len(self._window) >= WINDOW:
             self._shorten()
         return new
 
     def _shorten(self) -> None:
-        """Begin the window later, where its text is whole. It keeps letters of its own, because decoders treat the first
-        token, and the first spaces, in other ways than the rest."""
-        rest = self._window[self._mark :]
-        if len(rest) >= SPAN and (text := self.vocabulary.decode(rest)).strip():
-            if self._mark:
-                self._window, self._decoded = rest, len(text)
-            self._mark = len(self._window)
+        """Keep the last tokens of the window, on which alone it depends what later ones add; and letters before them, because
+        decoders treat the first token, and the first spaces, in other ways than the rest. Of a long run of white space the
+        middle is left out."""
+        span = SPAN
+        while not (text := self._text(self._window[-span:])).strip() and span < len(self._window):
+            span *= 2
+        shorter = self._window[-span:]
+        if span > SPAN:  # its second half is white space
+            shorter = self._window[-span : -span // 2] + self._window[-SPAN:]
+            text = self._text(shorter)
+        if text:
+            self._window, self._decoded = shorter, len(text)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What they say, without what later bytes can still change: of a character up to three stand before its last one."""
+        text = self.vocabulary.decode(ids)
+        return text[: max(len(text.rstrip(REPLACEMENT)), len(text) - 3)]
 
     def _match(self, text: str, shown: bool) -> str:
         """Take characters in; returns those that no stop word can take back any more."""

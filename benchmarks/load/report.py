@@ -112,9 +112,9 @@ def _hung_up(f: dict[str, Any]) -> str:
     rows = "".join(f"| {name} | {r['alone']:.2f} | {r['after']:.2f} | {r['bound']:.1f} |\n" for name, r in f.items())
     return (
         "## Clients of /generate that hang up\n\nTriton 2.51 doesn't tell a model that a client of `/generate` or "
-        "`/generate_stream` has hung up; over gRPC it does. What they asked for is computed to its end: the length they named, "
-        "or their `timeout` (a parameter, in microseconds), or `limits.deadline`. A request with an id can be stopped by it. "
-        "Four clients hung up after half a second:\n\n"
+        "`/generate_stream` has hung up; over gRPC it tells `d2sd` and `tensorrt_llm_bls`, but no ensemble. What they asked "
+        "for is computed to its end: the length they named, or their `timeout` (a parameter, in microseconds), or "
+        "`limits.deadline`. A request with an id can be stopped by it. Four clients hung up after half a second:\n\n"
         "| they asked for | short request alone, s | right after, s | until as usual, s |\n|---|---|---|---|\n" + rows
     )
 

@@ -3,8 +3,11 @@
 import asyncio
 import json
 import queue
+import re
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import aclosing, contextmanager
 from itertools import chain
 
 import httpx
@@ -19,10 +22,12 @@ from export.build import build
 from export.config import load
 from tests import tiny
 from tests.triton_repo.at_hand import eventually, requests_at_hand
+from triton_repo.metrics import EVERY
 from triton_repo.serve import Ports, Server
 
 LONG = 3600  # tokens, two seconds at least
 SHORT = Options(max_tokens=4)
+ENDLESS = Options(max_tokens=LONG, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,21 @@ def last_response(server, text, **options):
         service.start_stream(lambda result, error: arrived.put((result, error)))
         service.async_stream_infer("ensemble", [prompt, count], **options)
         return arrived.get(timeout=60)
+
+
+def cancelled(server):
+    """How many requests ended so, by the server's own count."""
+    text = httpx.get(f"http://127.0.0.1:{server.ports.metrics}/metrics").text
+    return sum(float(n) for n in re.findall(r'^d2sd:request_success_total\{finished_reason="cancelled".* (\S+)$', text, re.M))
+
+
+@contextmanager
+def all_left(server, count):
+    """Inside, clients leave so many long requests, which end then."""
+    time.sleep(1.2 * EVERY)  # for what others have left
+    before = cancelled(server)
+    yield
+    eventually(lambda: requests_at_hand(server) == 0 and cancelled(server) == before + count)
 
 
 def begun(asked, options):
@@ -164,6 +184,46 @@ def test_a_request_is_stopped_by_its_id(server):
     nameless = httpx.post(url("d2sd/generate"), json={"stop": True})
     assert nameless.status_code == 400
     assert "stop: found in a request without an id" in nameless.json()["error"]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_whoever_leaves_a_stream_frees_its_place(server, protocol):
+    asked = Client(f"127.0.0.1:{getattr(server.ports, protocol)}", protocol, timeout=60)
+    with all_left(server, 3):
+        for _ in range(2):
+            for _ in asked.stream("x", ENDLESS):
+                break
+        closed = asked.stream("x", ENDLESS)
+        next(closed)
+        closed.close()
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_whoever_is_cancelled_frees_its_place(server, protocol):
+    """Of a stream and of whole answers, one of which is cancelled again while it leaves."""
+    with all_left(server, 3):
+        async with AsyncClient(f"127.0.0.1:{getattr(server.ports, protocol)}", protocol, timeout=60) as client:
+            async with aclosing(client.stream("x", ENDLESS, request_id="mine")) as pieces:
+                await anext(pieces)
+            leaving = [asyncio.create_task(client.generate("x", ENDLESS, "mine")) for _ in range(2)]
+            await asyncio.to_thread(eventually, lambda: requests_at_hand(server) == 2)
+            for task in (*leaving, leaving[0]):
+                task.cancel()
+                await asyncio.sleep(0)
+            assert {type(end) for end in await asyncio.gather(*leaving, return_exceptions=True)} == {asyncio.CancelledError}
+
+
+def test_a_client_of_the_decoder_frees_its_place_by_leaving(server):
+    """Without a word: Triton tells a model that a stream of its own was cancelled."""
+    with all_left(server, 1), grpc.InferenceServerClient(f"127.0.0.1:{server.ports.grpc}") as service:
+        first = threading.Event()
+        service.start_stream(lambda result, error: first.set())
+        ids = grpc.InferInput("input_ids", [1, 3], "INT32")
+        ids.set_data_from_numpy(np.array([[5, 6, 7]], np.int32))
+        options = to_tensors({"max_tokens": LONG, "ignore_eos": True, "stream": True}, grpc)
+        service.async_stream_infer("d2sd", [ids, *options])
+        assert first.wait(60)
+        service.stop_stream(cancel_requests=True)
 
 
 def test_a_unary_request_ends_when_its_client_leaves(server):

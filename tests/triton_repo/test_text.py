@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests import tiny
-from triton_repo.text import STOP_WORDS, Growing, StopWords, Vocabulary
+from triton_repo.text import _BYTES, STOP_WORDS, Growing, StopWords, Vocabulary
 
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
 WORDS = ["the quick brown fox, jumps over the lazy dog. " * 20, "größer 日 🎉 don't"]
@@ -83,6 +83,12 @@ VOCABULARIES = {name: Vocabulary(tokenizer) for name, tokenizer in TOKENIZERS.it
 BYTE_LEVEL, FALLBACK = VOCABULARIES["byte level"], VOCABULARIES["byte fallback"]
 
 
+def byte(name, value):
+    """The tokens of a single byte, if the tokenizer has one for it."""
+    names = {f"<0x{value:02X}>", next(letter for letter, number in _BYTES.items() if number == value), "▁" * (value == 32)}
+    return [id for token, id in TOKENIZERS[name].get_vocab().items() if token in names]
+
+
 def stream(vocabulary, ids, stop_words=(), seed=None):
     """The pieces that responses of random numbers of tokens bring, and the answer."""
     rng = random.Random(seed)
@@ -101,6 +107,22 @@ def test_pieces_of_any_tokens_make_up_their_decoding(name, numbers, seed):
     """Random tokens are mostly not UTF-8: cut characters, stray bytes, special tokens."""
     vocabulary = VOCABULARIES[name]
     ids = [number % TOKENIZERS[name].get_vocab_size() for number in numbers]
+    for pieces in (stream(vocabulary, ids, seed=seed)[0], stream(vocabulary, ids, ["never there \0"], seed)[0]):
+        assert "".join(pieces) == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.tuples(st.integers(0, 2**20) | st.sampled_from("\n \t\x80\xe6a"), st.integers(1, 40)), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_pieces_of_repeated_tokens_make_up_their_decoding(name, numbers, seed):
+    """Runs of one token, of white space and bytes above all, are longer than the window."""
+    vocabulary, ids = VOCABULARIES[name], []
+    for number, count in numbers:
+        some = [number % TOKENIZERS[name].get_vocab_size()] if isinstance(number, int) else byte(name, ord(number))
+        ids += some * count
     for pieces in (stream(vocabulary, ids, seed=seed)[0], stream(vocabulary, ids, ["never there \0"], seed)[0]):
         assert "".join(pieces) == TOKENIZERS[name].decode(ids, skip_special_tokens=True)
 
@@ -174,17 +196,28 @@ def test_stop_words_that_are_too_long():
         StopWords(["x" * STOP_WORDS, "y"])
 
 
-@pytest.mark.parametrize("vocabulary", [BYTE_LEVEL, FALLBACK])
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("stop_words", [[], ["never there"]])
-def test_the_decoded_window_does_not_grow(vocabulary, stop_words):
-    ids = vocabulary.tokenizer.encode("the quick brown fox jumps, größer 日本語 " * 100).ids
-    growing = Growing(vocabulary, StopWords(stop_words) if stop_words else None)
-    widest = 0
+@pytest.mark.parametrize("text", ["the quick brown fox jumps, größer 日本語 " * 100, "a" + "\n" * 1000, "a" + " " * 1000, None])
+def test_the_decoded_window_does_not_grow(monkeypatch, name, stop_words, text):
+    vocabulary, work, widest = Vocabulary(TOKENIZERS[name]), 0, 0
+    ids = vocabulary.tokenizer.encode(text).ids if text else byte(name, 0x80) * 1000
+
+    def decode(some):
+        nonlocal work
+        work += len(some)
+        return Vocabulary.decode(vocabulary, some)
+
+    monkeypatch.setattr(vocabulary, "decode", decode)
+    growing, pieces = Growing(vocabulary, StopWords(stop_words) if stop_words else None), []
     for token in ids:
-        growing.add([token])
+        pieces.append(growing.add([token]))
         widest = max(widest, len(growing._window))
-    assert len(ids) > 1000
+    pieces.append(growing.add([], final=True))
+    assert "".join(pieces) == vocabulary.tokenizer.decode(ids)
+    assert len(ids) > 900 or name in ("metaspace", "wordpiece", "suffixes", "no decoder"), "which leave white space out"
     assert widest <= 64
+    assert work <= 64 * (len(ids) + 1)
 
 
 def test_a_thousand_stop_words_cost_what_one_costs():
