@@ -34,7 +34,7 @@ MARGIN = 0.02  # a step must promise so much more tokens a second than doing wit
 CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
 BUDGET = 0.01  # share of the time that may be spent on finding out
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM, RARELY = 8, 64  # where looking texts up wins too little, it is done every so many cycles, with one sequence or many
+SELDOM, RARELY = 8, 32  # where looking texts up wins too little, it is done every so many cycles, with one sequence or many
 LOOKED_MEMORY = 1 / 64  # of what it won
 LOOKED_MARGIN, LOOKED_MOST = 0.01, 0.1  # of a plain cycle, what it must win for each further sequence: so much may be misjudged
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
@@ -77,6 +77,8 @@ class Planner:
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
+        self.price: dict[int, float] = {}  # by sequences: seconds of a look at the texts
+        self.next_look = 0  # cycle, where they win too little
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
         self.won: dict[int, float] = {}  # by sequences: share of a plain cycle that a look up has won; at first just enough
@@ -109,8 +111,15 @@ class Planner:
         return bar
 
     def looks(self, bar: Bar) -> bool:
-        """Step 0: whether to look the texts up."""
-        return self._pays(bar.sequences) or self.cycles % min(SELDOM * bar.sequences, RARELY) == 0
+        """Step 0: whether to look the texts up: where it wins enough, and else now and then, to find out."""
+        if self._pays(bar.sequences):
+            return True
+        price = self.price.get(bar.sequences, 0.0)
+        if self.cycles < self.next_look or self.credit < price:
+            return False
+        self.credit -= price
+        self.next_look = self.cycles + min(SELDOM * bar.sequences, RARELY)
+        return True
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
@@ -212,6 +221,7 @@ class Planner:
             memory = LOOKED_MEMORY * (1 if self._pays(size) else SELDOM)  # a look among so many cycles stands for all of them
             known = self.won.get(size, _enough(size))
             self.won[size] = known + memory * (won - known)
+            self.price[size] = plan.looked
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"

@@ -214,8 +214,8 @@ def test_texts_are_looked_up_seldom_where_that_costs_more_than_it_wins():
 
     for _ in range(200):
         cycle([0.01] * 3, 1, 1.2)
-    assert sum(looked[100:]) == 100 // planner.SELDOM, "in vain"
-    for _ in range(600):
+    assert 0 < 0.05 * sum(looked[100:]) <= BUDGET * 100 * 1.2, "in vain"
+    for _ in range(1200):
         cycle([0.9, 0.8, 0.7], 3, 1.4)
     assert all(looked[-100:]), "it pays"
     for _ in range(600):
@@ -229,7 +229,7 @@ def test_with_several_streams_looking_texts_up_must_win_more(won, always):
     costs = ToyCosts(base=1.0, step=0.01, width=4)
     own, looked = Planner(costs, 8, 4, drafts=False), []
     text = [[0.9, 0.8, 0.7]] * 8
-    for _ in range(200):
+    for _ in range(400):
         now = situation(text)
         bar = own.bar(8, now.context, 0)
         looked.append(own.looks(bar))
@@ -239,7 +239,10 @@ def test_with_several_streams_looking_texts_up_must_win_more(won, always):
             plan.looked = 0.01
         tree = plan.kind == "text"
         own.learn(plan, 16 if tree else 8, bar.seconds * (2 - won if tree else 1))
-    assert sum(looked[100:]) == (100 if always else pytest.approx(100 / planner.RARELY, abs=1))
+    if always:
+        assert all(looked[100:])
+    else:
+        assert 0 < 0.01 * sum(looked[100:]) <= BUDGET * 300 * bar.seconds
 
 
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
