@@ -133,11 +133,17 @@ INLINE void gather(const float (*weights)[KEYS], const Stored* values, size_t di
         UNROLLED for (size_t r = 0; r < Registers; r++) store(out[i] + d + r * LANES, total[i][r]);
 }
 
-// Weights of some of a query's scores, of which highest is the greatest; returns what they come to, in units.
+// Weights of some of a query's scores, of which highest is the greatest.
+INLINE Reals weights_of(const float* scores, Reals highest) {
+    const Reals own = load(scores);
+    return where_not(own, NEVER, exponential(own - highest));
+}
+
+// The same as what values are multiplied with; returns what they come to, in units.
 INLINE Integers weigh(const float* scores, Reals highest, float* weights) {
-    const Reals own = load(scores), weight = where_not(own, NEVER, exponential(own - highest));
-    store(weights, weight);
-    return integers(weight * all(UNIT));
+    const Reals own = weights_of(scores, highest);
+    store(weights, own);
+    return integers(own * all(UNIT));
 }
 
 #ifdef __AVX512VNNI__
@@ -182,12 +188,7 @@ INLINE void gather(const Pair (*weights)[KEYS / 2], const Brief* values, size_t 
 
 // In pairs of which each second one is first. They are counted as they are rounded.
 INLINE Integers weigh(const float* scores, Reals highest, Pair* weights) {
-    Reals two[2];
-    UNROLLED for (size_t i = 0; i < 2; i++) {
-        const Reals own = load(scores + i * LANES);
-        two[i] = where_not(own, NEVER, exponential(own - highest));
-    }
-    const Integers pairs = brief(two[0], two[1]);
+    const Integers pairs = brief(weights_of(scores, highest), weights_of(scores + LANES, highest));
     store(weights, swapped(pairs));
     return sum(integers(lower(pairs) * all(UNIT)), integers(upper(pairs) * all(UNIT)));
 }
