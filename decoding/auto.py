@@ -55,11 +55,13 @@ class Auto:
             members: which of ``sequences``, whose anchors are ``anchors``.
             others: rows of the target's pass that are not theirs. other_context: of the sequences whose they are.
         """
-        began = time.perf_counter()
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
-        looks, least = self.planner.looks(bar), LEAST * bar.node
+        looks, least = self.planner.looks(), LEAST * bar.node
+        for sequence in own if looks else ():
+            self.text.take_in(sequence)
+        began = time.perf_counter()
         couplings = [coupling.of(s) for s in own] if looks else []
         nodes, silent = [self.planner.reach] * len(own), not looks
         # Alone a tree is made as soon as a glance is taken; where they paid a moment ago they probably do now.

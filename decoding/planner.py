@@ -31,12 +31,12 @@ Curve = NDArray[np.float64]  # [N - 1]: the values of the 1st, 2nd, … node of 
 
 NODES = 48  # of a tree, at most
 MARGIN = 0.02  # a step must promise so much more tokens a second than doing without it
-CROWD = 0.02  # and so much more for each further sequence: what a tree takes beside the pass errs most, and wins less there
-BUDGET = 0.01  # share of the time that may be spent on finding out
+CROWD = 0.003  # and so much more for each further sequence: what a tree takes beside the pass errs most there
+BUDGET = 0.01  # share of the time that may be spent on finding out what drafts are worth; of many sequences', over their number
 REST = 30  # cycles for which nothing is reckoned anew, where drafts would not pay
-SELDOM, RARELY = 8, 32  # where looking texts up wins too little, it is done every so many cycles, with one sequence or many
-LOOKED_MEMORY = 1 / 64  # of what it won
-LOOKED_MARGIN, LOOKED_MOST = 0.01, 0.1  # of a plain cycle, what it must win for each further sequence: so much may be misjudged
+# Of a plain cycle, what a look at the texts wins if nodes are verified because of it: before any was, of one sequence (of n the
+# √n-th part), and at least; what is remembered of it; and cycles between two looks, at most.
+WINS, WINS_LEAST, WINS_MEMORY, RARELY = 0.4, 0.01, 1 / 16, 32
 HORIZON = 24  # cycles that a drafter's catching up pays for itself in
 MEMORY = 1 / 32  # weight of a new cycle in what is remembered of drafts
 PROBE_MEMORY = 1 / 8  # of one that was made to find out; there are few
@@ -77,11 +77,11 @@ class Planner:
         self.kept = dict.fromkeys(("text", "draft"), (KEPT * KEPT_WEIGHT, KEPT_WEIGHT))  # tokens that came, and promised
         self.credit = 0.0  # seconds that may be spent on finding out
         self.patience = {"draft": 1.0, "redraft": 1.0}  # what a probe counts for, in its price
-        self.price: dict[int, float] = {}  # by sequences: seconds of a look at the texts
-        self.next_look = 0  # cycle, where they win too little
+        self.wins: dict[int, float] = {}  # by sequences
+        self.vain = 0.0  # what looks have cost since one won, in such wins
+        self.next_look = 0  # cycle
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
-        self.won: dict[int, float] = {}  # by sequences: share of a plain cycle that a look up has won; at first just enough
         self.bars: dict[int, Bar] = {}  # by sequences
         self.reach = 16  # nodes of a tree that are worth a look
         self.chosen: Counter[str] = Counter()
@@ -110,16 +110,10 @@ class Planner:
             )
         return bar
 
-    def looks(self, bar: Bar) -> bool:
-        """Step 0: whether to look the texts up: where it wins enough, and else now and then, to find out."""
-        if self._pays(bar.sequences):
-            return True
-        price = self.price.get(bar.sequences, 0.0)
-        if self.cycles < self.next_look or self.credit < price:
-            return False
-        self.credit -= price
-        self.next_look = self.cycles + min(SELDOM * bar.sequences, RARELY)
-        return True
+    def looks(self) -> bool:
+        """Step 0: whether to look the texts up. Who says much does so for a while: as long as looks win it is done in every
+        cycle, and each time that those in vain have cost as much as one wins, half as often."""
+        return self.cycles >= self.next_look
 
     def hopeless(self, bar: Bar, worth: list[float]) -> bool:
         """Step 0: whether what texts propose pays in no number of nodes. worth: of all nodes, about
@@ -213,15 +207,12 @@ class Planner:
         size = len(plan.nodes)
         if plan.looked and not plan.drafted and (bar := self.bars.get(size)):
             # What was chosen because of it took the time that it took; where nothing was, looking took its own.
-            plain, won = self.costs.pace * bar.seconds, 0.0
-            if plan.kind == "plain":
-                won = -min(plan.looked / plain, 1.0)
-            elif seconds:
-                won = came / size - seconds / plain
-            memory = LOOKED_MEMORY * (1 if self._pays(size) else SELDOM)  # a look among so many cycles stands for all of them
-            known = self.won.get(size, _enough(size))
-            self.won[size] = known + memory * (won - known)
-            self.price[size] = plan.looked
+            plain, wins = self.costs.pace * bar.seconds, self.wins.get(size, WINS / size**0.5)
+            if plan.kind != "plain" and seconds:
+                wins = self.wins[size] = wins + WINS_MEMORY * (came / size - seconds / plain - wins)
+            won = plan.kind != "plain" and wins > 0
+            self.vain = 0.0 if won else self.vain + plan.looked / plain / max(wins, WINS_LEAST)
+            self.next_look = self.cycles + min(int(2 ** min(self.vain, 8.0)) - 1, RARELY)
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -235,7 +226,7 @@ class Planner:
             beside[plan.kind] += BESIDE_MEMORY * (seen - beside[plan.kind])
         self.expected += plan.expected
         self.came += came
-        self.credit = min(self.credit + BUDGET * plan.seconds, 8 * plan.seconds)
+        self.credit = min(self.credit + BUDGET * plan.seconds / size, 8 * plan.seconds)
 
     def saw_drafts(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
         """Take note of what first drafts are worth. values: ``[b, N - 1]``, without redrafts."""
@@ -336,10 +327,6 @@ class Planner:
     def _bar(self, now: Situation) -> Bar:
         return self.bar(len(now.sequences), now.context, now.others)
 
-    def _pays(self, sequences: int) -> bool:
-        """Whether looking texts up has won enough."""
-        return self.won.get(sequences, _enough(sequences)) >= _enough(sequences)
-
     def _rests(self, where: tuple[int, int]) -> bool:
         """Whether drafts need not be thought of: there are none, or they did not pay a few cycles ago."""
         left = self.rest.get(where, 0)
@@ -367,11 +354,6 @@ class _Verified:
 
 def _margin(sequences: int) -> float:
     return MARGIN + CROWD * (sequences - 1)
-
-
-def _enough(sequences: int) -> float:
-    """That looking texts up must win of a plain cycle, to be done in every one."""
-    return min(LOOKED_MARGIN * (sequences - 1), LOOKED_MOST)
 
 
 def _where(now: Situation) -> tuple[int, int]:

@@ -107,18 +107,23 @@ class Text:
         self.open.clear()
         self.proposed.clear()
 
+    def take_in(self, sequence: Sequence) -> None:
+        """Take in what a sequence's text has grown by. A look does so itself, and takes longer then."""
+        if sequence not in self.open:
+            self.open[sequence] = (TextIndex(sequence.tokens), Hits())
+        self.open[sequence][0].extend()
+
     def look(self, sequence: Sequence, least: float = 0.0) -> list[Continuation]:
         """What followed earlier matches of a sequence's last tokens. Once a cycle: who looks again sees the same.
 
         Args:
             least: matches of so few tokens that they are right less often are not looked up.
         """
-        if sequence not in self.open:
-            self.open[sequence] = (TextIndex(sequence.tokens), Hits())
         found = self.proposed.get(sequence)
         if found is None:
             right, tried = self.hits.right[0], self.hits.tried[0]
             sizes = [size for size in SIZES if right[size] >= least * tried[size]]
+            self.take_in(sequence)
             found = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
             self.proposed[sequence] = found
         return found
@@ -225,7 +230,7 @@ class TextIndex:
             said: how many tokens at the end are the target's. What a prompt repeats of itself tells little of the answer.
             sizes: of the n-grams that are looked up, falling.
         """
-        self._extend()
+        self.extend()
         tokens, count = self.tokens, len(self.tokens)
         found: list[Continuation] = []
         if not sizes or tuple(tokens[-sizes[-1] :]) not in self.ends:  # what is longer does not match either
@@ -247,7 +252,7 @@ class TextIndex:
                     return found
         return found
 
-    def _extend(self) -> None:
+    def extend(self) -> None:
         """Take in the n-grams that something follows."""
         tokens, known = self.tokens, self.ends
         for end in range(self.indexed, len(tokens)):

@@ -7,7 +7,7 @@ from decoding import planner
 from decoding.acceptance import Walk
 from decoding.calibration import Calibration
 from decoding.plan import Situation
-from decoding.planner import BUDGET, Planner
+from decoding.planner import BUDGET, RARELY, Planner
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from tests.decoding.test_lossless import decoder, run
@@ -205,7 +205,7 @@ def test_texts_are_looked_up_seldom_where_that_costs_more_than_it_wins():
 
     def cycle(text, came, seconds):
         bar, now = own.bar(1, 50, 0), situation([text])
-        looked.append(own.looks(bar))
+        looked.append(own.looks())
         plan = own.begin(now) if looked[-1] else own.rests(bar)
         if looked[-1]:
             own.finish(now, plan, now.text)
@@ -214,25 +214,26 @@ def test_texts_are_looked_up_seldom_where_that_costs_more_than_it_wins():
 
     for _ in range(200):
         cycle([0.01] * 3, 1, 1.2)
+    assert all(looked[:5]), "a few looks in vain are soon made up for"
     assert 0 < 0.05 * sum(looked[100:]) <= BUDGET * 100 * 1.2, "in vain"
-    for _ in range(1200):
+    for _ in range(2 * RARELY):
         cycle([0.9, 0.8, 0.7], 3, 1.4)
-    assert all(looked[-100:]), "it pays"
+    assert all(looked[-RARELY:]), "it pays"
     for _ in range(600):
         cycle([0.9, 0.8, 0.7], 1, 1.4)
     assert sum(looked[-100:]) < 60, "what is promised does not come"
 
 
-@pytest.mark.parametrize(("won", "always"), [(0.4, True), (0.05, False), (-0.03, False)])
-def test_with_several_streams_looking_texts_up_must_win_more(won, always):
-    """What is reckoned errs by a few percent there; what wins clearly is soon done in every cycle."""
+@pytest.mark.parametrize(("won", "always"), [(0.4, True), (0.05, True), (-0.03, False)])
+def test_what_looks_win_is_what_cycles_took(won, always):
+    """Whatever was promised of them."""
     costs = ToyCosts(base=1.0, step=0.01, width=4)
     own, looked = Planner(costs, 8, 4, drafts=False), []
     text = [[0.9, 0.8, 0.7]] * 8
     for _ in range(400):
         now = situation(text)
         bar = own.bar(8, now.context, 0)
-        looked.append(own.looks(bar))
+        looked.append(own.looks())
         plan = own.begin(now) if looked[-1] else own.rests(bar)
         if looked[-1]:
             own.finish(now, plan, now.text)
@@ -242,7 +243,7 @@ def test_with_several_streams_looking_texts_up_must_win_more(won, always):
     if always:
         assert all(looked[100:])
     else:
-        assert 0 < 0.01 * sum(looked[100:]) <= BUDGET * 300 * bar.seconds
+        assert 0 < sum(looked[100:]) <= 300 / RARELY + 2
 
 
 def test_what_cycles_take_beside_their_calls_is_learned(monkeypatch):
