@@ -45,6 +45,7 @@ class Auto:
         self.sequences: list[Sequence] = []  # of the cycle
         self.parts: list[tuple[Group, list[int]]] = []  # and their places among these
         self.spoke = False  # whether nodes were verified in the last cycle that cost no pass
+        self.late = False  # whether a drafter went nearer to the target in this cycle, and drafted nothing
 
     def begin(
         self, members: Many[int], sequences: Many[Sequence], anchors: Array, others: int, other_context: int
@@ -71,7 +72,7 @@ class Auto:
             silent = self.planner.hopeless(bar, [value for values in worth for value in values])
         if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
-            self.plan, self.parts = plan, [(group, list(range(len(own))))]
+            self.plan, self.parts, self.late = plan, [(group, list(range(len(own))))], False
             plan.looked = looks * (time.perf_counter() - began)
             return [group]
         self.reach = self.planner.reach
@@ -87,7 +88,10 @@ class Auto:
             texts = best_first.grow(here, feeding, nodes, self.calibration.factors, least, couplings)
             self.now.text = self._values(texts)
         self.plan = self.planner.begin(self.now)
-        drafted = self.plan.drafted
+        self.plan.looked = looks * (time.perf_counter() - began)
+        drafted = self._ready(self.plan.drafted)
+        self.planner.awaited = own[self.plan.drafted[0]] if self.plan.probing and not drafted else None
+        self.plan.drafted, self.plan.probing = drafted, self.plan.probing and bool(drafted)
         alone = [b for b in range(len(own)) if b not in drafted]
         self.parts = []
         for mode, places in ((DRAFTED, drafted), (MODES["free"], alone)):
@@ -97,8 +101,14 @@ class Auto:
                 if not mode.drafts:
                     group.tree = texts.of(places).mapped(self.target.send)
                 self.parts.append((group, places))
-        self.plan.looked = looks * (time.perf_counter() - began)
         return [group for group, _ in self.parts]
+
+    def _ready(self, places: list[int]) -> list[int]:
+        """Those of the sequences there that the first drafter can draft for in a call. With others, further behind, it goes a
+        call nearer to the target: nobody waits for several."""
+        behind = self.first.catch_up([self.sequences[b] for b in places]) if self.first and places else []
+        self.late = bool(behind)
+        return [b for b in places if self.sequences[b] not in behind]
 
     def _worth(self, sequence: Sequence, least: float, coupled: Coupling | None) -> list[float]:
         """What the nodes that cost no pass are worth, at a glance; of what is worth less than ``least``, not all."""
@@ -123,6 +133,8 @@ class Auto:
             rejected = -np.sort(-boundary.rejection_probabilities(group.draft.probabilities[..., 0]), axis=-1)
             shares = (np.cumsum(rejected, axis=-1) / (rejected.sum(-1, keepdims=True) + 1e-9)).mean(0)
         self.planner.redraft(self.now, self.plan, self.before, shares)
+        if self.plan.branches and self.second and self.second.catch_up(group.sequences):
+            self.plan.branches, self.late = 0, True
         if self.plan.branches:
             self.share = float(shares[self.plan.branches - 1])
             group.mode, group.branches, group.tree = MODES["all"], self.plan.branches, None
@@ -154,7 +166,8 @@ class Auto:
             else:
                 self.planner.saw_drafts(self.now, self.plan, values)
         came = sum(len(own[s].said) for s in self.sequences)
-        self.planner.learn(self.plan, came, seconds if len(own) == len(self.sequences) else None)
+        alone = len(own) == len(self.sequences) and not self.late
+        self.planner.learn(self.plan, came, seconds if alone else None)
 
     def _values(self, tree: PrefixTree) -> NDArray[np.float64]:
         """Of the nodes but the anchor, ``[b, reach - 1]``."""

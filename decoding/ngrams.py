@@ -57,12 +57,10 @@ class NGrams:
             raise NGramsError(f"{file}: not a table of n-grams ({error})") from None
 
     def write(self, file: Path) -> None:
-        """Write it whole or not at all."""
+        """Write it."""
         arrays = (np.array(self.vocabulary), np.array(self.order), self.keys, self.tokens, self.probabilities)
-        partial = file.with_name(f".{file.name}.partial")
-        with partial.open("wb") as stream:
+        with file.open("wb") as stream:
             np.savez_compressed(stream, **dict(zip(FIELDS, arrays, strict=True)))
-        partial.rename(file)
 
     def options(self, context: Context) -> list[Option]:
         """What follows, likeliest first. context: the last tokens, ``order`` of them at most."""

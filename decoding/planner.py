@@ -80,6 +80,7 @@ class Planner:
         self.wins: dict[int, float] = {}  # by sequences
         self.vain = 0.0  # what looks have cost since one won, in such wins
         self.next_look = 0  # cycle
+        self.awaited: Sequence | None = None  # whose drafter catches up, for a probe that is paid for
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
         self.bars: dict[int, Bar] = {}  # by sequences
@@ -155,6 +156,8 @@ class Planner:
         if chosen:
             self.patience["draft"] = 1.0
             plan.drafted = sorted(order[:chosen])
+        elif self.awaited in now.sequences:
+            plan.drafted, plan.probing = [now.sequences.index(self.awaited)], True
         elif self._probes("draft", *(self._drafting(now, order[:1], 0, at_once=at_once) for at_once in (True, False))):
             plan.drafted, plan.probing = order[:1], True
         else:
@@ -258,6 +261,7 @@ class Planner:
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended. Who comes in its place may have a context of another length."""
         self.levels.pop(sequence, None)
+        self.awaited = None if self.awaited is sequence else self.awaited
         self.bars.clear()
 
     def _drafted(self, now: Situation) -> NDArray[np.float64]:

@@ -157,6 +157,7 @@ def save(file: Path, identity: dict[str, Any], costs: Costs) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.rename(file)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         print(f"costs are not kept: {error}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from decoding.ngrams import NGrams, key
 from export import checkpoints
 from export.config import UserError, load
+from export.files import replacing
 from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT
 
@@ -127,9 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"of {len(held_out)} answers that were not counted: {first:.1%} of tokens are the likeliest option, ", end="")
             print(f"{any_of_them:.1%} one of {args.options}", flush=True)
         table = count(answers, *how)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        table.write(args.output)
-    except (UserError, FileNotFoundError, ValueError) as error:
+        with replacing(args.output) as partial:
+            table.write(partial)
+    except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size = args.output.stat().st_size / 1e6

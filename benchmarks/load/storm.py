@@ -17,7 +17,7 @@ from client import AsyncClient, Options
 
 LEAVE, WRONG = 0.2, 0.05  # shares of the requests
 LONGEST, MOST = 160, 24  # tokens of a prompt, of an answer
-STAYS = 8  # mean gaps until a client that leaves does so, in the mean: some wait by then, some are half answered
+STAYS = 4  # mean gaps until a client that leaves does so, in the mean: some wait by then, some are half answered
 NONSENSE = (
     Options(top_p=0.0),
     Options(temperature=-1.0),

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.cycle import Decoder
+from decoding.follower import CATCH_UP
 from decoding.modes import MODES
+from decoding.plan import Plan
 from decoding.sampling import Sampling
 from decoding.sequence import Sequence
 from engines.sampling import distribution
@@ -219,6 +221,31 @@ def test_a_drafter_is_caught_up_in_pieces():
     assert first.lag(sequence) == second.lag(sequence) == len(sequence.answer) - 2
     while running := [one for one in (sequence, other) if not one.finish]:
         made.cycle(running)
+    assert [sequence.answer, other.answer] == [greedy_oracle(prompt, 20), greedy_oracle([1, 2], 20)]
+
+
+def test_where_it_is_planned_a_drafter_is_caught_up_in_pieces_too(monkeypatch):
+    prompt = np.random.default_rng(0).integers(0, VOCABULARY, 600).tolist()
+    made = decoder("auto")
+    planner, drafting = made.planner, made.drafting
+    monkeypatch.setattr(planner, "begin", lambda now: Plan([*range(len(now.sequences))]))
+    monkeypatch.setattr(planner, "redraft", lambda now, plan, *_: setattr(plan, "branches", 2 if plan.drafted else 0))
+    sequence, other = Sequence(prompt, 20), Sequence([1, 2], 20)
+    for one in (sequence, other):
+        made.open(one)
+        made.cycle([], [(one, len(one.prompt) - 1)])
+    seen = []
+    while running := [one for one in (sequence, other) if not one.finish]:
+        calls = [len(f.engine.calls) for f in (drafting.first, drafting.second)]
+        timed = len(planner.off)
+        made.cycle(running)
+        if len(running) == 2:
+            calls = [len(f.engine.calls) - n for f, n in zip((drafting.first, drafting.second), calls, strict=True)]
+            lags = [f.lag(sequence) > CATCH_UP for f in (drafting.first, drafting.second)]
+            seen.append((*drafting.auto.plan.drafted, drafting.auto.plan.branches, *calls, *lags, len(planner.off) - timed))
+    # The other one drafts meanwhile; what a cycle took is learned of where all was planned.
+    assert seen[:2] == [(1, 2, 2, 1, True, True, 0), (1, 2, 2, 1, False, True, 0)]
+    assert seen[2:5] == [(0, 1, 0, 1, 1, False, True, 0), (0, 1, 0, 1, 1, False, False, 0), (0, 1, 2, 1, 1, False, False, 1)]
     assert [sequence.answer, other.answer] == [greedy_oracle(prompt, 20), greedy_oracle([1, 2], 20)]
 
 

@@ -1,7 +1,9 @@
 """Costs: looked up, corrected, kept; measured of engines that sleep for as long as they say."""
 
+import errno
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,17 @@ def test_a_file_is_believed_whole_and_of_this_machine_alone(tmp_path):
     file.write_text(json.dumps({"identity": identity, "tables": {"target": {"rows": [1]}}}))
     assert load(file, identity) is None
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_costs_that_cannot_be_kept_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "rename", full)
+    save(tmp_path / "costs.json", {"machine": "a"}, Costs({"target": table()}))
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == "costs are not kept: [Errno 28] No space left on device\n"
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Sleeper:
