@@ -169,17 +169,21 @@ def test_a_request_is_stopped_by_its_id(server):
     def stop(name):
         return httpx.post(url("d2sd/generate"), json={"id": name, "stop": True}).json()["finish_reason"]
 
-    for name in ("one", "another"):
+    ended, names = list[str](), iter(("one", "another", "a third", "a fourth"))
+    while len(ended) < 2:
+        name = next(names)
         asked = body | {"id": name, "stream": True}
         with httpx.stream("POST", url("ensemble/generate_stream"), json=asked, timeout=60) as stream:
             lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
             assert json.loads(next(lines))["finish_reason"] == ""
-            assert stop(name) == "cancelled"
+            told = stop(name)
             last = json.loads(list(lines)[-1])
-        assert last["finish_reason"] == "cancelled"
-        assert last["output_tokens"] < LONG
+        assert last["finish_reason"] == (told or "length"), "where the machine stood still the answer may have been over"
+        if told:
+            assert last["output_tokens"] < LONG
+            ended.append(name)
         eventually(lambda: requests_at_hand(server) == 0)
-    assert stop("one") == stop("early") == ""
+    assert stop(ended[0]) == stop("early") == ""
     assert post(server, body | {"id": "early"}).json()["finish_reason"] == "cancelled"
     nameless = httpx.post(url("d2sd/generate"), json={"stop": True})
     assert nameless.status_code == 400
