@@ -56,6 +56,7 @@ class Auto:
             members: which of ``sequences``, whose anchors are ``anchors``.
             others: rows of the target's pass that are not theirs. other_context: of the sequences whose they are.
         """
+        self.late = False
         own = self.sequences = [sequences[b] for b in members]
         self.known = is_numpy_namespace(array_namespace(anchors))
         bar = self.planner.bar(len(own), sum(s.computed for s in own) + other_context, others)
@@ -72,7 +73,7 @@ class Auto:
             silent = self.planner.hopeless(bar, [value for values in worth for value in values])
         if silent and (plan := self.planner.rests(bar)):
             group = Group.of(MODES["autoregressive"], list(members), sequences, anchors, 0)
-            self.plan, self.parts, self.late = plan, [(group, list(range(len(own))))], False
+            self.plan, self.parts = plan, [(group, list(range(len(own))))]
             plan.looked = looks * (time.perf_counter() - began)
             return [group]
         self.reach = self.planner.reach
@@ -90,8 +91,9 @@ class Auto:
         self.plan = self.planner.begin(self.now)
         self.plan.looked = looks * (time.perf_counter() - began)
         drafted = self._ready(self.plan.drafted)
-        self.planner.awaited = own[self.plan.drafted[0]] if self.plan.probing and not drafted else None
-        self.plan.drafted, self.plan.probing = drafted, self.plan.probing and bool(drafted)
+        if self.plan.probing:
+            self._probed("draft", self.plan.drafted[0], bool(drafted))
+        self.plan.drafted = drafted
         alone = [b for b in range(len(own)) if b not in drafted]
         self.parts = []
         for mode, places in ((DRAFTED, drafted), (MODES["free"], alone)):
@@ -109,6 +111,14 @@ class Auto:
         behind = self.first.catch_up([self.sequences[b] for b in places]) if self.first and places else []
         self.late = bool(behind)
         return [b for b in places if self.sequences[b] not in behind]
+
+    def _probed(self, what: str, place: int, made: bool) -> None:
+        """Whether a probe was made; if not, it is when its drafter has caught up, and not paid for again."""
+        self.plan.probing = made
+        if made:
+            self.planner.awaited.pop(what, None)
+        else:
+            self.planner.awaited[what] = self.sequences[place]
 
     def _worth(self, sequence: Sequence, least: float, coupled: Coupling | None) -> list[float]:
         """What the nodes that cost no pass are worth, at a glance; of what is worth less than ``least``, not all."""
@@ -132,9 +142,12 @@ class Auto:
             self.planner.saw_drafts(self.now, self.plan, self.before)
             rejected = -np.sort(-boundary.rejection_probabilities(group.draft.probabilities[..., 0]), axis=-1)
             shares = (np.cumsum(rejected, axis=-1) / (rejected.sum(-1, keepdims=True) + 1e-9)).mean(0)
+        probing = self.plan.probing
         self.planner.redraft(self.now, self.plan, self.before, shares)
         if self.plan.branches and self.second and self.second.catch_up(group.sequences):
             self.plan.branches, self.late = 0, True
+        if self.plan.probing and not probing:
+            self._probed("redraft", self.plan.drafted[0], self.plan.branches > 0)
         if self.plan.branches:
             self.share = float(shares[self.plan.branches - 1])
             group.mode, group.branches, group.tree = MODES["all"], self.plan.branches, None

@@ -80,7 +80,7 @@ class Planner:
         self.wins: dict[int, float] = {}  # by sequences
         self.vain = 0.0  # what looks have cost since one won, in such wins
         self.next_look = 0  # cycle
-        self.awaited: Sequence | None = None  # whose drafter catches up, for a probe that is paid for
+        self.awaited: dict[str, Sequence] = {}  # by what is probed: whose drafter catches up, for a probe that is paid for
         self.rest: dict[tuple[int, int], int] = {}  # cycles without a look at drafts, by ``_where``
         self.cycles = 0
         self.bars: dict[int, Bar] = {}  # by sequences
@@ -156,8 +156,8 @@ class Planner:
         if chosen:
             self.patience["draft"] = 1.0
             plan.drafted = sorted(order[:chosen])
-        elif self.awaited in now.sequences:
-            plan.drafted, plan.probing = [now.sequences.index(self.awaited)], True
+        elif (awaited := self.awaited.get("draft")) in now.sequences:
+            plan.drafted, plan.probing = [now.sequences.index(awaited)], True
         elif self._probes("draft", *(self._drafting(now, order[:1], 0, at_once=at_once) for at_once in (True, False))):
             plan.drafted, plan.probing = order[:1], True
         else:
@@ -186,7 +186,8 @@ class Planner:
             self.patience["redraft"] = 1.0
         elif not plan.probing:
             prices = [self._drafting(now, plan.drafted, self.branches, at_once=at_once) for at_once in (True, False)]
-            if self._probes("redraft", *prices):
+            awaited = self.awaited.get("redraft") in [now.sequences[b] for b in plan.drafted]
+            if awaited or self._probes("redraft", *prices):
                 plan.branches, plan.probing = self.branches, True
 
     def finish(self, now: Situation, plan: Plan, values: NDArray[np.float64]) -> None:
@@ -215,7 +216,7 @@ class Planner:
                 wins = self.wins[size] = wins + WINS_MEMORY * (came / size - seconds / plain - wins)
             won = plan.kind != "plain" and wins > 0
             self.vain = 0.0 if won else self.vain + plan.looked / plain / max(wins, WINS_LEAST)
-            self.next_look = self.cycles + min(int(2 ** min(self.vain, 8.0)) - 1, RARELY)
+            self.next_look = self.cycles + min(int(2 ** min(self.vain, RARELY)) - 1, RARELY)
         self.chosen[f"{plan.kind}, probing" if plan.probing else plan.kind] += 1
         if plan.promised:
             trusted = "draft" if plan.drafted else "text"
@@ -261,7 +262,7 @@ class Planner:
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended. Who comes in its place may have a context of another length."""
         self.levels.pop(sequence, None)
-        self.awaited = None if self.awaited is sequence else self.awaited
+        self.awaited = {what: one for what, one in self.awaited.items() if one is not sequence}
         self.bars.clear()
 
     def _drafted(self, now: Situation) -> NDArray[np.float64]:

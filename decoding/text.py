@@ -109,9 +109,7 @@ class Text:
 
     def take_in(self, sequence: Sequence) -> None:
         """Take in what a sequence's text has grown by. A look does so itself, and takes longer then."""
-        if sequence not in self.open:
-            self.open[sequence] = (TextIndex(sequence.tokens), Hits())
-        self.open[sequence][0].extend()
+        self._opened(sequence)[0].extend()
 
     def look(self, sequence: Sequence, least: float = 0.0) -> list[Continuation]:
         """What followed earlier matches of a sequence's last tokens. Once a cycle: who looks again sees the same.
@@ -123,10 +121,14 @@ class Text:
         if found is None:
             right, tried = self.hits.right[0], self.hits.tried[0]
             sizes = [size for size in SIZES if right[size] >= least * tried[size]]
-            self.take_in(sequence)
-            found = self.open[sequence][0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
+            found = self._opened(sequence)[0].lookup(len(sequence.tokens) - len(sequence.prompt), sizes)
             self.proposed[sequence] = found
         return found
+
+    def _opened(self, sequence: Sequence) -> "tuple[TextIndex, Hits]":
+        if sequence not in self.open:
+            self.open[sequence] = (TextIndex(sequence.tokens), Hits())
+        return self.open[sequence]
 
     def worth(self, sequence: Sequence, least: float = 0.0, coupling: Coupling | None = None) -> list[float]:
         """What the nodes that the text proposes for a sequence are worth, the best of each continuation first; none that is

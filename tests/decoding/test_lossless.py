@@ -249,6 +249,25 @@ def test_where_it_is_planned_a_drafter_is_caught_up_in_pieces_too(monkeypatch):
     assert [sequence.answer, other.answer] == [greedy_oracle(prompt, 20), greedy_oracle([1, 2], 20)]
 
 
+@pytest.mark.parametrize("what", ["draft", "redraft"])
+def test_a_probe_that_waits_for_its_drafter_is_paid_for_once(what, monkeypatch):
+    made = decoder("auto", costs=ToyCosts(base=0.0, step=1.0, width=1, first=3.0, second=3.0), ngrams=None)
+    planner, paid = made.planner, []
+    if what == "redraft":
+        monkeypatch.setattr(planner, "begin", lambda now: Plan([0]))
+    monkeypatch.setattr(planner, "_probes", lambda probed, *_: probed == what and not paid and not paid.append(probed))
+    sequence = Sequence(np.random.default_rng(0).integers(0, VOCABULARY, 600).tolist(), 60)
+    made.open(sequence)
+    made.cycle([], [(sequence, len(sequence.prompt) - 1)])
+    while not planner.chosen[f"{what}, probing"]:
+        made.cycle([sequence])
+        assert not sequence.finish
+    follower = made.drafting.first if what == "draft" else made.drafting.second
+    assert [blocks > 0 for _, blocks in follower.engine.calls] == [False, False, True]
+    assert paid == [what]
+    assert not planner.awaited
+
+
 def test_what_an_engine_remembers_of_a_prompt_is_not_computed_again():
     made = decoder("d2sd", remembers=4)
     prompt = [1, 2, 3, 4, 0, 1]
