@@ -19,6 +19,7 @@ from client.request import (
     ENSEMBLE,
     MODEL,
     Answer,
+    Events,
     Message,
     Options,
     Piece,
@@ -120,12 +121,12 @@ class Client:
                     told, ended = response.read().decode(), True
                     yield from_json(told.removeprefix("data: "))
                     return
-                for line in response.iter_lines():
-                    if line.startswith("data: "):
-                        ended = True  # by an error
-                        piece = from_json(line.removeprefix("data: "))
-                        ended = bool(piece.finish_reason)
-                        yield piece
+                events = Events()
+                for said in (said for chunk in response.iter_bytes() for said in events.take(chunk)):
+                    ended = True  # by an error
+                    piece = from_json(said)
+                    ended = bool(piece.finish_reason)
+                    yield piece
         except httpx.HTTPError as error:
             raise ServiceError(f"{self.address}: {error}") from None
         finally:
@@ -255,10 +256,11 @@ class AsyncClient:
                     told, ended = (await response.aread()).decode(), True
                     yield from_json(told.removeprefix("data: "))
                     return
-                async for line in response.aiter_lines():
-                    if line.startswith("data: "):
+                events = Events()
+                async for chunk in response.aiter_bytes():
+                    for said in events.take(chunk):
                         ended = True  # as in ``Client``
-                        piece = from_json(line.removeprefix("data: "))
+                        piece = from_json(said)
                         ended = bool(piece.finish_reason)
                         yield piece
         except httpx.HTTPError as error:

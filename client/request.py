@@ -253,6 +253,19 @@ def from_tensors(response: Any) -> Piece:
     )
 
 
+class Events:
+    """The data of server-sent events, out of their bytes. A line ends with LF or CR LF (HTML standard, 9.2.6), not with what
+    else breaks lines in Unicode, as ``httpx`` has it: the JSON of an answer may hold that."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def take(self, chunk: bytes) -> list[str]:
+        """What is whole by now."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return [line.removeprefix(b"data: ").decode() for line in lines if line.startswith(b"data: ")]
+
+
 def from_json(line: str) -> Piece:
     """A response of the HTTP endpoints.
 

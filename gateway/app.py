@@ -29,6 +29,8 @@ log = logging.getLogger("gateway")
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PASSED_ON = ("traceparent", "tracestate")
 DONE = b"data: [DONE]\n\n"
+# No line of an event ends there, but clients that split text where Unicode breaks lines think so.
+BREAKS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,10 @@ async def _drop(tasks: Sequence["asyncio.Future[Any]"]) -> None:
 
 
 def _event(value: Json) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
+    event = to_json(value)
+    for mark, escaped in BREAKS.items():
+        event = event.replace(mark, escaped)
+    return b"data: " + event + b"\n\n"
 
 
 def _json(value: Json) -> Response:

@@ -10,6 +10,7 @@ import pytest
 from client import AsyncClient, Client, ServiceError
 
 NUMBERS = {"output_tokens": 1, "cycles": 1, "num_input_tokens": 1, "num_draft_tokens": 0, "acceptance_histogram": 1}
+TEXT = "日本\u2028\x85"  # which breaks no line of an event
 TEXTS = {"log_probs": "", "prompt_log_probs": "", "trace_output": ""}
 
 
@@ -25,10 +26,10 @@ class Service(BaseHTTPRequestHandler):
         if text == "silent":
             self.server.over.wait(10)
         refused = text == "refused"
-        told = NUMBERS | TEXTS | {"text_output": "a", "finish_reason": "length" if text == "whole" else ""}
+        told = NUMBERS | TEXTS | {"text_output": TEXT, "finish_reason": "length" if text == "whole" else ""}
         if refused:
             told = {"error": "x: found 1, allowed: 2"}
-        said = ("data: " * self.path.endswith("_stream") + json.dumps(told) + "\n\n").encode()
+        said = ("data: " * self.path.endswith("_stream") + json.dumps(told, ensure_ascii=False) + "\n\n").encode()
         self.send_response(400 if refused else 200)
         self.send_header("content-length", str(len(said)))
         self.end_headers()
@@ -73,7 +74,7 @@ def test_a_stop_is_sent_if_there_is_anything_to_end(service, plain, stream, text
         with pytest.raises(ServiceError):
             ask(service, plain, text, stream, timeout=0.2 if text == "silent" else 60)
     else:
-        assert ask(service, plain, text, stream, timeout=60) == "a"
+        assert ask(service, plain, text, stream, timeout=60) == TEXT
     (where, asked), *stops = service.heard
     assert where == ("ensemble/generate_stream" if stream else "ensemble/generate")
     assert asked["id"].startswith("" if plain else "mine-")

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 
 import httpx
 import pytest
@@ -18,10 +19,11 @@ BODY = {"model": "d2sd", "prompt": "x", "max_tokens": 5}
 
 
 class Slow:
-    """A client whose service answers when ``go`` is set, and knows how many were dropped."""
+    """A client whose service answers with ``said`` when ``go`` is set, and knows how many were dropped."""
 
     go: asyncio.Event
     dropped = 0
+    said = "yes"
 
     def __init__(self, address):
         pass
@@ -35,7 +37,7 @@ class Slow:
         except asyncio.CancelledError:
             Slow.dropped += 1
             raise
-        yield Piece("yes", 7, 3, "length", 3)
+        yield Piece(self.said, 7, 3, "length", 3)
 
     async def generate(self, prompt, options, request_id, headers):
         return join([piece async for piece in self.stream(prompt, options, request_id, headers)])
@@ -147,6 +149,15 @@ def test_a_bad_file_of_keys(tmp_path, text, said):
         Keys.read(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "short" not in str(caught.value)
+
+
+async def test_an_event_is_one_line_however_lines_are_told_apart(application, monkeypatch):
+    """``httpx`` for one breaks them wherever Unicode does."""
+    monkeypatch.setattr(Slow, "said", "日本 one\u2028two\x85three\u2029four\x1cfive")
+    async with application().stream("POST", "/completions", json=BODY | {"stream": True}) as response:
+        events = [line async for line in response.aiter_lines() if line]
+    assert json.loads(events[0].removeprefix("data: "))["choices"][0]["text"] == Slow.said
+    assert all(event.startswith("data: ") for event in events)
 
 
 async def test_bodies_are_bounded(application):

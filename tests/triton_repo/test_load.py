@@ -17,7 +17,7 @@ import tritonclient.grpc as grpc
 
 from benchmarks.speed import Case, Served
 from client import AsyncClient, Client, Options, ServiceError
-from client.request import join, to_tensors
+from client.request import Events, join, to_tensors
 from export.build import build
 from export.config import load
 from tests import tiny
@@ -174,10 +174,11 @@ def test_a_request_is_stopped_by_its_id(server):
         name = next(names)
         asked = body | {"id": name, "stream": True}
         with httpx.stream("POST", url("ensemble/generate_stream"), json=asked, timeout=60) as stream:
-            lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
-            assert json.loads(next(lines))["finish_reason"] == ""
+            events = Events()
+            said = (json.loads(one) for chunk in stream.iter_bytes() for one in events.take(chunk))
+            assert next(said)["finish_reason"] == ""
             told = stop(name)
-            last = json.loads(list(lines)[-1])
+            last = [*said][-1]
         assert last["finish_reason"] == (told or "length"), "where the machine stood still the answer may have been over"
         if told:
             assert last["output_tokens"] < LONG
