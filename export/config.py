@@ -17,6 +17,7 @@ Backend = Literal["openvino", "onnxruntime", CompiledBackend]
 Weights = Literal["auto", "f32", "int8", "int4"]
 DrafterWeights = Literal["auto", "f32", "int8", "int4"]
 ALONE: tuple[ModeName, ...] = ("auto", "free", "ngrams", "lookup", "autoregressive")  # what can be decoded without drafters
+BLOCK_SIZE = 8  # γ of a drafter that training makes from nothing
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -141,7 +142,9 @@ class TrainingSection(Section):
     evaluation_prompts: list[str] = Field([], description="JSONL files that no training prompt may overlap")
     layers: int = Field(4, ge=1, le=32, description="layers of a drafter")
     target_layer_ids: list[int] | None = Field(None, description="left out: spread over the target as DFlash does")
-    block_size: int = Field(8, ge=2, le=64, description="γ")
+    block_size: int | None = Field(
+        None, ge=2, le=64, description=f"γ; left out: what the drafter that training starts from has, else {BLOCK_SIZE}"
+    )
     draft_vocabulary: int | None = Field(None, ge=2, description="most frequent tokens kept in the draft head")
     beta: float = Field(0.8, gt=0, le=1, description="β of the VP objective: Pr(l = j) ∝ β^j")
     tau: float = Field(4.0, gt=0, description="τ: place k weighs exp(-(k - l - 1)/τ)")
@@ -151,9 +154,16 @@ class TrainingSection(Section):
         le=1,
         description="share of VP blocks kept up to the first drafter's real rejection, its token banned",
     )
+    foreseen: float = Field(
+        1.0, ge=0, le=1, description="weight of places that a lookup in the text gets right anyway (of the others: 1)"
+    )
     loss: Literal["tokens", "distribution", "mixed"] = Field(
         "tokens", description="what a drafter learns: the token said, the target's distribution there, or half of each"
     )
+    shares: dict[str, Annotated[float, Field(ge=0, le=16)]] = Field(
+        {}, description="how often an epoch shows an answer of a task, by the task's name; 1 if left out"
+    )
+    sampled: float = Field(1.0, ge=0, le=16, description="and how often one that was sampled, times its task's share")
     steps: int = Field(2000, ge=1)
     blocks: int = Field(512, ge=1, description="blocks a pass, on each device")
     anchors: int = Field(256, ge=1, description="blocks an answer, at most")

@@ -13,7 +13,7 @@ from engines.engine import GraphInfo
 from export import checkpoints, ends
 from export.blocks import place_blocks, quantised_types
 from export.checkpoints import CheckpointError, DrafterCheckpoint
-from export.config import CompiledBackend, Pipeline, Weights
+from export.config import BLOCK_SIZE, CompiledBackend, Pipeline, Weights
 from export.drafter import Drafter
 from export.onnx_export import export_drafter, export_target
 from export.quantise import held_out_prompts, in_blocks, rounded_to, rounder
@@ -124,7 +124,8 @@ def open_sources(pipeline: Pipeline) -> Sources:
     if pipeline.drafters is None:
         training = pipeline.training
         layer_ids = training.target_layer_ids or checkpoints.spread_layers(config.num_hidden_layers, training.layers)
-        return Sources(folder, gguf, config, weights, drafter_weights, held_out, layer_ids, {}, {}, training.block_size)
+        block_size = training.block_size or BLOCK_SIZE
+        return Sources(folder, gguf, config, weights, drafter_weights, held_out, layer_ids, {}, {}, block_size)
     references = {"first": pipeline.drafters.first, "second": pipeline.drafters.second}
     drafters = {name: checkpoints.read_drafter(checkpoints.locate(path)) for name, path in references.items()}
     first, second = drafters["first"], drafters["second"]

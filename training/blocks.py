@@ -5,7 +5,7 @@ true. It sees the target's features of the tokens before p and itself, in both d
 trained to say the true tokens there. Many blocks of one answer share its features in one pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,3 +75,14 @@ def lay_blocks(
         labels=torch.where(predicted, truth, 0).flatten(1),
         weights=weights.flatten(1),
     )
+
+
+def discount(blocks: Blocks, runs: Tensor, weight: float) -> Blocks:
+    """Let places that a lookup gets right anyway weigh less.
+
+    Args:
+        runs: ``[S, A]`` int64, how many tokens behind each block's anchor that are. weight: a factor.
+    """
+    gamma = blocks.ids.shape[1] // runs.shape[1]
+    easy = torch.arange(gamma, device=runs.device) <= runs[..., None]
+    return replace(blocks, weights=blocks.weights * torch.where(easy.flatten(1), weight, 1.0))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from export.checkpoints import DRAFT_TO_TARGET, MASK_EMBEDDING, TEMPERATURES, build_drafter, read_drafter, spread_layers
-from export.config import TrainingSection
+from export.config import BLOCK_SIZE, TrainingSection
 from export.drafter import DFlash
 from training.blocks import Blocks
 from training.corpus import Answer
@@ -72,13 +72,15 @@ class Student(nn.Module):
         return student
 
     @classmethod
-    def load(cls, path: Path, target: PreTrainedModel, scale: Tensor | None = None) -> "Student":
-        """Read a saved drafter; with ``scale`` its ``fc`` is unfolded again for training to go on."""
+    def load(cls, path: Path, target: PreTrainedModel, scale: Tensor | None = None, block_size: int | None = None) -> "Student":
+        """Read a saved drafter; with ``scale`` its ``fc`` is unfolded again for training to go on, with γ = ``block_size`` or
+        its own."""
         checkpoint = read_drafter(path)
         embedding, head = embeddings(target)
         built, mask_id = build_drafter(checkpoint, target.config, embedding, head)
         draft_ids = built.draft_ids if built.draft_ids is not None else torch.arange(embedding.shape[0])
         checkpoint.config.dflash_config.pop(TEMPERATURES, None)  # those of other weights as soon as training goes on
+        checkpoint.config.block_size = block_size or checkpoint.config.block_size
         student = cls(checkpoint.config, target, draft_ids)
         student.dflash.load_state_dict(built.dflash.state_dict())
         with torch.no_grad():
@@ -126,7 +128,7 @@ def new_config(options: TrainingSection, target: PreTrainedConfig) -> Qwen3Confi
     """A drafter of the target's width."""
     layer_ids = options.target_layer_ids or spread_layers(target.num_hidden_layers, options.layers)
     public: dict[str, Any] = {
-        "block_size": options.block_size,
+        "block_size": options.block_size or BLOCK_SIZE,
         "num_target_layers": target.num_hidden_layers,
         "dflash_config": {"target_layer_ids": layer_ids, "mask_token_id": None},
     }

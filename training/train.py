@@ -26,7 +26,7 @@ from decoding.drafts import Draft
 from export import checkpoints
 from export.config import TrainingSection, UserError, load
 from export.drafter import CANDIDATES
-from training.blocks import Blocks, lay_blocks, sample_anchors, sample_kept
+from training.blocks import Blocks, discount, lay_blocks, sample_anchors, sample_kept
 from training.corpus import read_corpus
 from training.data import Batch, Data
 from training.features import Features, cache_folder
@@ -145,6 +145,8 @@ class Trainer:
     def loss(self, batch: Batch, anchors: Tensor) -> Tensor:
         """Mean over blocks of the weighted cross-entropy of their masked places."""
         blocks, banned = self.lay(batch, anchors, self.options.rejections)
+        if batch.foreseen is not None:
+            blocks = discount(blocks, batch.foreseen.gather(1, anchors.clamp(min=0)), self.options.foreseen)
         labels = self.student.to_draft[blocks.labels]
         rows = (blocks.weights > 0) & (labels >= 0) & (labels != banned)
         logits = self.student.logits(batch.features, blocks, rows)
@@ -394,7 +396,7 @@ def run(args: argparse.Namespace) -> None:
         vocabulary = draft_vocabulary(answers, target.config.vocab_size, options.draft_vocabulary)
         student = Student.new(options, target, vocabulary.to(device), scale)
     else:
-        student = Student.load(start, target, scale)
+        student = Student.load(start, target, scale, options.block_size)
     first = Student.load(first_path, target) if first_path else None
     Trainer(student, first, data, options, output, device).run()
     if dist.is_initialized():

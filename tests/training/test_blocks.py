@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.blocks import lay_blocks, sample_anchors, sample_kept
+from training.blocks import discount, lay_blocks, sample_anchors, sample_kept
 
 MASK = 99
 
@@ -86,3 +86,13 @@ def test_anchors_are_drawn_without_replacement_and_evenly():
     torch.testing.assert_close(counts[2:9] / 3000, torch.full((7,), 4 / 7), atol=0.04, rtol=0)
     assert counts[:2].sum() == counts[9:].sum() == 0
     assert sorted(sample_anchors(torch.tensor([3, 3]), torch.tensor([5, 6]), 9, g)[0].tolist()) == [-1, 2, 3]
+
+
+def test_what_a_lookup_gets_right_weighs_less():
+    tokens, lengths = answers([20])
+    anchors = torch.tensor([[3, 9, -1]])
+    blocks = lay_blocks(tokens, lengths, anchors, torch.tensor([[1, 0, 0]]), 5, MASK, tau=2.0)
+    found = discount(blocks, torch.tensor([[2, 0, 7]]), 0.25)
+    factors = torch.tensor([[1, 1, 0.25, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    torch.testing.assert_close(found.weights.view(3, 5), blocks.weights.view(3, 5) * factors)
+    assert torch.equal(found.labels, blocks.labels)

@@ -117,6 +117,50 @@ def test_no_leak_of_the_future(target, tmp_path):
         assert not torch.equal(said(changed_tokens, changed_features), reference)
 
 
+def test_an_epoch_shows_answers_as_often_as_their_task_asks(target):
+    answers = corpus()  # answers of odd number are sampled
+    features = Features(answers, target, tiny.LAYER_IDS, None)
+
+    def shown(number=0, **changes):
+        return [i for group in Data(answers, features, options(**changes)).epoch(number) for i in group]
+
+    trained = [i for i in range(len(answers)) if i % HELD_OUT]
+    assert sorted(shown()) == trained
+    assert shown(shares={"count": 1.5}) == shown(shares={"count": 1.5})
+    often = shown(shares={"count": 1.5})
+    assert set(often) == set(trained)
+    assert 1.3 * len(trained) < len(often) < 1.7 * len(trained)
+    few = shown(sampled=0.3)
+    assert [i for i in sorted(few) if i % 2 == 0] == [i for i in trained if i % 2 == 0]
+    assert 0.1 < sum(i % 2 for i in few) / sum(i % 2 for i in trained) < 0.5
+    assert set(few) != set(shown(1, sampled=0.3))
+    with pytest.raises(ValueError, match=r"training.shares.other: found a task that no answer has, allowed: count"):
+        shown(shares={"other": 0.5})
+    with pytest.raises(ValueError, match=r"training.shares: found shares that show no answer, allowed: .*"):
+        shown(shares={"count": 0.0})
+
+
+def test_places_that_a_lookup_gets_right_weigh_less(target, tmp_path):
+    """Answers that count in a circle are foreseen from the second round on."""
+    answers = [Answer(f"{i}", "t", [i], [k % 4 for k in range(16)], 0.0) for i in range(8)]
+    features = Features(answers, target, tiny.LAYER_IDS, None)
+    made = trainer(target, tmp_path)
+    batches = [Data(answers, features, options(foreseen=weight)).load([1, 2], "", CPU) for weight in (1.0, 0.0)]
+    assert batches[0].foreseen is None
+    made.options = options(foreseen=0.0)
+    anchors = torch.tensor([[2, 9], [2, 9]])  # the second one's block is foreseen
+    whole, easy = (float(made.loss(batches[1], a).detach()) for a in (anchors, anchors[:, :1]))
+    assert whole == pytest.approx(easy, rel=1e-5)
+
+
+def test_a_drafter_goes_on_with_another_block_size(target, tmp_path):
+    trainer(target, tmp_path / "four", steps=1).run()
+    longer = Student.load(tmp_path / "four", target, block_size=6)
+    longer.save(tmp_path / "six")
+    assert checkpoints.read_drafter(tmp_path / "six").block_size == 6
+    assert Student.load(tmp_path / "four", target).config.block_size == 4
+
+
 @pytest.mark.parametrize("loss", ["distribution", "mixed"])
 def test_the_loss_looks_at_what_the_target_says_there(target, tmp_path, loss):
     made = trainer(target, tmp_path, loss=loss)
