@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from training.losses import ban, leading, weighted_cross_entropy
 from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
 
-VALIDATE_EVERY = 50  # steps
+VALIDATE_EVERY = 100  # steps
 VALIDATED = 128  # held-out answers at most, spread over the corpus
 SAVE_EVERY = 180  # seconds, between validations
 TREE = 12  # rows of the tree that validation grows
@@ -219,6 +220,19 @@ class Trainer:
         probabilities = best.values.view(*shape, width)[..., 1:, :]
         return accepted, refused, Draft([], anchors.flatten(), candidates.flatten(0, 1), probabilities.flatten(0, 1))
 
+    @cached_property
+    def validation(self) -> list[tuple[Batch, Tensor]]:
+        """Held-out greedy answers and anchors of each, ``[S, A]``: the same at every validation, so that they are kept."""
+        held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
+        held_out = held_out[:: -(-len(held_out) // VALIDATED) or 1]
+        found = []
+        for start in range(0, len(held_out), 8):
+            with self.precision():
+                batch = self.data.load(held_out[start : start + 8], f"validate/{start}", self.device)
+            anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), 32, batch.generator)
+            found.append((batch, anchors.to(self.device)))
+        return found
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Acceptance length on held-out greedy answers, with the averaged weights, every anchor counting the same.
@@ -227,14 +241,9 @@ class Trainer:
         both drafters, its exclusive redraft at the first one's rejection counted whether or not that boundary would have been
         selected.
         """
-        held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
-        held_out = held_out[:: -(-len(held_out) // VALIDATED) or 1]
         won, grown, count = 0, 0, 0
-        with self.averaged():
-            for start in range(0, len(held_out), 8):
-                batch = self.data.load(held_out[start : start + 8], f"validate/{start}", self.device)
-                anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), 32, batch.generator)
-                anchors = anchors.to(self.device)
+        with self.averaged(), self.precision():
+            for batch, anchors in self.validation:
                 accepted, refused, draft = self.first_draft(batch, anchors, 1 if self.first else CANDIDATES)
                 count += int((anchors >= 0).sum())
                 won += int((accepted + 1)[anchors >= 0].sum())
