@@ -1,32 +1,67 @@
 """The loss over predicted places, and how many tokens a block would have won."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ROWS = 128  # whose logits are in the cache together, on a CPU
+
 
 def weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, banned: Tensor | None = None, wanted: Tensor | None = None
+    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, banned: Tensor, wanted: Tensor | None = None
 ) -> Tensor:
-    """Σ w·(-log p(label)) over rows, or Σ w·(-Σ q·log p) of a distribution q that is wanted.
+    """Σ w·(-log p(label)) over rows, p = softmax(head·hidden), or Σ w·(-Σ q·log p) of a distribution q that is wanted.
+
+    Logits as wide as the vocabulary are made and used up a few rows at a time, their gradient at once: a step reads and
+    writes them in the cache. Under autocast products are of autocast's type; softmax and sums are f32.
 
     Args:
-        logits: ``[R, Vd]``. labels: ``[R]`` int64, indices of the draft vocabulary. weights: ``[R]``.
+        hidden: ``[R, H]``, whose gradient is made. head: ``[Vd, H]``, which stays as it is. labels: ``[R]`` int64, indices of
+            the draft vocabulary. weights: ``[R]`` f32.
         banned: ``[R]`` int64, an index that the row may not choose, or -1: the first place of an exclusive redraft.
         wanted: ``[R, Vd]``, q of each row, 0 at its banned index; None wants the label alone.
     """
-    logits = logits.float()
-    if wanted is not None:  # 0·log 0 would be NaN: what is banned gets a finite logit that weighs nothing
-        logits = logits if banned is None else ban(logits, banned, -1e4)
-        return (F.cross_entropy(logits, wanted, reduction="none") * weights).sum()
-    logits = logits if banned is None else ban(logits, banned)
-    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+    loss: Tensor = _CrossEntropy.apply(hidden, head, labels, weights, banned, wanted)
+    return loss
 
 
-def ban(logits: Tensor, banned: Tensor, value: float = -torch.inf) -> Tensor:
-    """Return ``[R, Vd]`` with ``value`` at index ``banned[r]`` of row r, where that is not -1."""
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, banned: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        kind = hidden.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        head = head.to(narrow)
+        gradient, loss = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
+        together = ROWS if kind == "cpu" else len(hidden)
+        for start in range(0, len(hidden), max(together, 1)):
+            part = slice(start, start + together)
+            said, w = labels[part, None], weights[part, None]
+            log_p = ban(F.linear(hidden[part].to(narrow), head).float(), banned[part]).log_softmax(-1)
+            if wanted is None:
+                loss -= (log_p.gather(1, said) * w).sum()
+                pull = log_p.exp_().mul_(w).scatter_add_(1, said, -w)
+            else:
+                q = wanted[part]
+                loss -= (torch.where(q > 0, q * log_p, 0.0) * w).sum()  # 0·log 0 is 0
+                pull = log_p.exp_().sub_(q).mul_(w)
+            gradient[part] = pull.to(narrow) @ head
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0], None, None, None, None, None
+
+
+def ban(logits: Tensor, banned: Tensor) -> Tensor:
+    """Return logits ``[R, Vd]``, -inf at index ``banned[r]`` of row r where that is not -1."""
     rows = (banned >= 0).nonzero().squeeze(1)
-    return logits.index_put((rows, banned[rows]), logits.new_tensor(value))
+    return logits.index_put((rows, banned[rows]), logits.new_tensor(-torch.inf))
 
 
 def leading(correct: Tensor) -> Tensor:

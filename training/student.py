@@ -105,7 +105,11 @@ class Student(nn.Module):
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def logits(self, features: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
-        """Run over training blocks; the head only where ``rows`` ``[S, N]`` (bool) asks. Returns ``[R, Vd]``."""
+        """Run over training blocks, with the head where ``rows`` ``[S, N]`` (bool) asks. Returns ``[R, Vd]``."""
+        return F.linear(self.hidden(features, blocks, rows), self.head)
+
+    def hidden(self, features: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+        """Run over training blocks. Returns what the head is given where ``rows`` ``[S, N]`` (bool) asks: ``[R, H]``."""
         answers, width = features.shape[:2]
         committed = torch.arange(width, device=features.device).expand(answers, -1)
         assert self.config.num_key_value_heads is not None
@@ -121,7 +125,7 @@ class Student(nn.Module):
             torch.zeros(answers, dtype=torch.int64, device=features.device),
             [(empty, empty)] * len(self.dflash.layers),
         )
-        return F.linear(hidden[rows], self.head)
+        return hidden[rows]
 
 
 def new_config(options: TrainingSection, target: PreTrainedConfig) -> Qwen3Config:

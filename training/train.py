@@ -150,10 +150,11 @@ class Trainer:
             blocks = discount(blocks, batch.foreseen.gather(1, anchors.clamp(min=0)), self.options.foreseen)
         labels = self.student.to_draft[blocks.labels]
         rows = (blocks.weights > 0) & (labels >= 0) & (labels != banned)
-        logits = self.student.logits(batch.features, blocks, rows)
+        hidden = self.student.hidden(batch.features, blocks, rows)
         count = (blocks.weights.sum().round()).clamp(min=1)
         wanted = self.wanted(batch, blocks, rows, labels[rows], banned[rows])
-        return weighted_cross_entropy(logits, labels[rows], blocks.weights[rows], banned[rows], wanted) / count
+        head, weights = self.student.head, blocks.weights[rows]
+        return weighted_cross_entropy(hidden, head, labels[rows], weights, banned[rows], wanted) / count
 
     @torch.no_grad()
     def wanted(self, batch: Batch, blocks: Blocks, rows: Tensor, labels: Tensor, banned: Tensor) -> Tensor | None:
