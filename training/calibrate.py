@@ -21,14 +21,14 @@ from export.config import UserError, load
 from training.blocks import lay_blocks, sample_anchors
 from training.corpus import read_corpus
 from training.data import Data
-from training.features import Features, cache_folder
+from training.features import Features
 from training.losses import ban
 from training.student import Student
 from training.train import Trainer
 
 GRID = torch.logspace(-0.35, 0.35, 29, base=10.0)  # temperatures that are tried: 0.45 to 2.24; the middle one is 1
 ENOUGH = 400  # observations of a place; with fewer it takes the temperature of the place before it
-ANCHORS = 64  # of each held-out answer
+ANCHORS = 256  # of each held-out answer, at most
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def observe(trainer: Trainer, number: int, indices: list[int]) -> tuple[Tensor, 
         each temperature; right ``[R]`` bool.
     """
     student, gamma = trainer.student, int(trainer.student.config.block_size)
-    batch = trainer.data.load(indices, f"calibrate/{number}", trainer.device)
+    with trainer.precision():
+        batch = trainer.data.load(indices, f"calibrate/{number}", trainer.device)
     anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), ANCHORS, batch.generator).to(trainer.device)
     if trainer.first is None:
         kept = torch.zeros_like(anchors)
@@ -55,17 +56,16 @@ def observe(trainer: Trainer, number: int, indices: list[int]) -> tuple[Tensor, 
         asked = (anchors >= 0) & (refused >= 0)
     rows = (blocks.weights > 0) & asked.repeat_interleave(gamma, dim=1)
     logits = ban(student.logits(batch.features, blocks, rows).float(), banned[rows])
-    peak, index = logits.max(-1)
-    right = student.draft_ids[index] == blocks.labels[rows]
-    confidence = torch.stack([1 / torch.exp((logits - peak[:, None]) / t).sum(-1) for t in GRID.tolist()], -1)
-
-    known = torch.zeros_like(rows)
-    known[rows] = right
+    right = torch.zeros_like(rows)
+    right[rows] = student.draft_ids[logits.argmax(-1)] == blocks.labels[rows]
     k = torch.arange(gamma, device=trainer.device)
-    so_far = (known.view(*anchors.shape, gamma) | (k <= kept[..., None])).long().cumprod(-1)
+    so_far = (right.view(*anchors.shape, gamma) | (k <= kept[..., None])).long().cumprod(-1)
     reached = torch.cat([torch.ones_like(so_far[..., :1]), so_far[..., :-1]], -1).flatten(1)[rows] > 0
-    depth = (k - kept[..., None]).flatten(1)[rows]
-    return depth[reached], confidence[reached], right[reached]
+    depth = (k - kept[..., None]).flatten(1)[rows][reached]
+    logits = logits[reached]
+    logits -= logits.amax(-1, keepdim=True)
+    confidence = torch.stack([1 / torch.exp(logits / t).sum(-1) for t in GRID.tolist()], -1)
+    return depth, confidence, right[rows][reached]
 
 
 def fit(depth: Tensor, confidence: Tensor, right: Tensor, places: int) -> Tensor:
@@ -116,7 +116,7 @@ def calibrate(args: argparse.Namespace) -> str:
     student = Student.load(path, target)
     first = Student.load(args.first or Path("build/training/dflash"), target) if args.drafter == "vp" else None
     ids = checkpoints.read_drafter(path).target_layer_ids
-    features = Features(answers, target, ids, cache_folder(folder.name, ids, answers))
+    features = Features(answers, target, ids, None)
     options = pipeline.training.model_copy(update={"loss": "tokens"})
     trainer = Trainer(student, first, Data(answers, features, options), options, path, torch.device("cpu"))
     held_out = [i for i in trainer.data.held_out if answers[i].temperature == 0]
@@ -125,7 +125,10 @@ def calibrate(args: argparse.Namespace) -> str:
     halves = []
     for half in range(2):
         chosen = sorted(held_out[half::2], key=lambda i: len(answers[i]))
-        seen = [observe(trainer, start, chosen[start : start + 8]) for start in range(0, len(chosen), 8)]
+        seen = []
+        for start in range(0, len(chosen), 8):
+            seen.append(observe(trainer, start, chosen[start : start + 8]))
+            print(f"{half * len(chosen) + start}/{len(held_out)} answers", file=sys.stderr, flush=True)
         halves.append([torch.cat(parts) for parts in zip(*seen, strict=True)])
     places = int(student.config.block_size) - 1
     depth, confidence, right = (torch.cat(parts) for parts in zip(*halves, strict=True))
