@@ -1,4 +1,4 @@
-"""The loss over predicted places, and how many tokens a block would have won."""
+"""The loss over predicted places, what a drafter says there, and how many tokens a block would have won."""
 
 from typing import Any
 
@@ -32,13 +32,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, banned: Tensor, wanted: Tensor | None
     ) -> Tensor:
-        kind = hidden.device.type
-        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        head = head.to(narrow)
         gradient, loss = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
-        together = ROWS if kind == "cpu" else len(hidden)
-        for start in range(0, len(hidden), max(together, 1)):
-            part = slice(start, start + together)
+        narrow = _narrow(hidden)
+        head = head.to(narrow)
+        for part in _parts(hidden):
             said, w = labels[part, None], weights[part, None]
             log_p = ban(F.linear(hidden[part].to(narrow), head).float(), banned[part]).log_softmax(-1)
             if wanted is None:
@@ -56,6 +53,33 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0], None, None, None, None, None
+
+
+def likeliest(hidden: Tensor, head: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The ``width`` likeliest indices of each row ``[R, H]`` with a head ``[Vd, H]``: probabilities ``[R, W]`` f32 and indices
+    ``[R, W]`` int64, falling. As many rows at a time, and in the types, as in ``weighted_cross_entropy``."""
+    narrow = _narrow(hidden)
+    head = head.to(narrow)
+    probabilities = hidden.new_empty(len(hidden), width, dtype=torch.float32)
+    indices = torch.empty(len(hidden), width, dtype=torch.int64, device=hidden.device)
+    for part in _parts(hidden):
+        logits = F.linear(hidden[part].to(narrow), head).float()
+        best = logits.topk(width)
+        indices[part] = best.indices
+        probabilities[part] = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+    return probabilities, indices
+
+
+def _narrow(hidden: Tensor) -> torch.dtype:
+    """The type that products are made in."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _parts(hidden: Tensor) -> list[slice]:
+    """Rows whose logits are made together."""
+    together = ROWS if hidden.device.type == "cpu" else max(len(hidden), 1)
+    return [slice(start, start + together) for start in range(0, len(hidden), together)]
 
 
 def ban(logits: Tensor, banned: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from training.blocks import Blocks, discount, lay_blocks, sample_anchors, sample
 from training.corpus import read_corpus
 from training.data import Batch, Data
 from training.features import Features, cache_folder
-from training.losses import ban, leading, weighted_cross_entropy
+from training.losses import ban, leading, likeliest, weighted_cross_entropy
 from training.muon import Muon
 from training.student import Student, draft_vocabulary, feature_scale
 
@@ -208,17 +208,17 @@ class Trainer:
         first = self.first or self.student
         gamma = int(first.config.block_size)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, torch.zeros_like(anchors), gamma, first.mask_id, 1.0)
-        rows = torch.ones_like(blocks.ids, dtype=torch.bool)
-        best = torch.softmax(first.logits(batch.features, blocks, rows).float(), -1).topk(width)
-        shape = (*anchors.shape, gamma)
-        candidates = first.draft_ids[best.indices].view(*shape, width)[..., 1:, :]
+        drafted = (torch.arange(blocks.ids.shape[1], device=self.device) % gamma > 0).expand_as(blocks.ids)
+        probabilities, best = likeliest(first.hidden(batch.features, blocks, drafted), first.head, width)
+        shape = (*anchors.shape, gamma - 1)
+        candidates = first.draft_ids[best].view(*shape, width)
         tokens = candidates[..., 0]
-        known = (blocks.weights > 0).view(shape)[..., 1:]
-        accepted = leading((tokens == blocks.labels.view(shape)[..., 1:]) & known)
+        known = (blocks.weights > 0)[drafted].view(shape)
+        accepted = leading((tokens == blocks.labels[drafted].view(shape)) & known)
         place = accepted.clamp(max=gamma - 2)[..., None]
         missed = (accepted < gamma - 1) & known.gather(2, place).squeeze(2)
         refused = torch.where(missed, tokens.gather(2, place).squeeze(2), -1)
-        probabilities = best.values.view(*shape, width)[..., 1:, :]
+        probabilities = probabilities.view(*shape, width)
         return accepted, refused, Draft([], anchors.flatten(), candidates.flatten(0, 1), probabilities.flatten(0, 1))
 
     @cached_property

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from training import losses
-from training.losses import ban, leading, weighted_cross_entropy
+from training.losses import ban, leading, likeliest, weighted_cross_entropy
 
 NONE = torch.tensor([-1, -1])
 
@@ -91,3 +91,14 @@ def test_under_autocast_products_are_bf16_and_sums_f32():
     torch.testing.assert_close(rounded, -(log_p * weights).sum())
     torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0)
     assert float(rounded.detach()) != float(exact.detach())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 21])
+def test_the_likeliest_are_those_of_the_whole_softmax(rows, monkeypatch):
+    monkeypatch.setattr(losses, "ROWS", 8)
+    g = torch.Generator().manual_seed(rows)
+    hidden, head = torch.randn(rows, 6, generator=g), torch.randn(11, 6, generator=g)
+    probabilities, indices = likeliest(hidden, head, 3)
+    expected = F.linear(hidden, head).softmax(-1).topk(3)
+    torch.testing.assert_close(probabilities, expected.values)
+    assert torch.equal(indices, expected.indices)
