@@ -13,7 +13,13 @@ TRAINING := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 # Two files of tests at a time, PyTorch with a thread for each. In their order, because those of few tests are not the short ones.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve test test-all deploy-check lint clean
+# make train: both drafters, from nothing or from the first drafter START, for MINUTES; they come into build/training.
+MINUTES ?= 90
+PIPELINE ?= pipeline.yaml
+START ?=
+TRAIN := $(TRAINING) $(VENV)/bin/python -m
+
+.PHONY: demo serve train test test-all deploy-check lint clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python benchmarks/demo.py pipeline.yaml --output build
@@ -22,6 +28,13 @@ serve: $(VENV)/demo.stamp
 	$(VENV)/bin/python export/build.py pipeline.yaml --output build
 	@$(VENV)/bin/python -m gateway & gateway=$$!; trap 'kill $$gateway 2>/dev/null' EXIT; \
 		$(VENV)/bin/python triton_repo/serve.py build
+
+# Two thirds of the time for the first drafter, on whose weights and rejections the second one's training starts.
+train: $(VENV)/train.stamp
+	$(TRAIN) training.train $(PIPELINE) --drafter dflash --minutes $$(($(MINUTES) * 2 / 3)) $(if $(START),--start $(START))
+	$(TRAIN) training.calibrate $(PIPELINE) --drafter dflash
+	$(TRAIN) training.train $(PIPELINE) --drafter vp --minutes $$(($(MINUTES) - $(MINUTES) * 2 / 3))
+	$(TRAIN) training.calibrate $(PIPELINE) --drafter vp
 
 test: $(VENV)/test.stamp lint
 	$(PYTEST) -m "not slow and not gpu"
@@ -50,14 +63,19 @@ $(VENV)/demo.stamp: pyproject.toml Makefile | $(VENV)/tritonserver
 	$(PIP) -e ".[cpu,export,gateway]"
 	@touch $@
 
-# All that the demo needs is among it.
+$(VENV)/train.stamp: pyproject.toml Makefile | $(VENV)/bin/python
+	@echo "installing into $(VENV) what training needs; the first time this takes some minutes"
+	$(PIP) -e ".[train]"
+	@touch $@
+
+# All that the demo and training need is among it.
 $(VENV)/test.stamp: pyproject.toml Makefile | $(VENV)/tritonserver
 	@echo "installing into $(VENV) what the tests need; the first time this takes some minutes"
 	$(PIP) -e ".[cpu,export,train,dev]"
 	@test -n "$$(command -v promtool)" || ! command -v apt-get >/dev/null || { cd $(VENV) && apt-get download -qq prometheus && \
 		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x --strip-components=3 -C bin ./usr/bin/promtool && rm prometheus_*.deb; } || \
 		echo "without promtool Prometheus's rules are not checked"
-	@touch $@ $(VENV)/demo.stamp
+	@touch $@ $(VENV)/demo.stamp $(VENV)/train.stamp
 
 clean:
 	rm -rf build $(VENV)

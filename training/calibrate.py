@@ -21,10 +21,11 @@ from export.config import UserError, load
 from training.blocks import lay_blocks, sample_anchors
 from training.corpus import read_corpus
 from training.data import Data
+from training.drafting import Drafting
 from training.features import Features
 from training.losses import ban
+from training.precision import precision
 from training.student import Student
-from training.train import Trainer
 
 GRID = torch.logspace(-0.35, 0.35, 29, base=10.0)  # temperatures that are tried: 0.45 to 2.24; the middle one is 1
 ENOUGH = 400  # observations of a place; with fewer it takes the temperature of the place before it
@@ -32,8 +33,8 @@ ANCHORS = 256  # of each held-out answer, at most
 
 
 @torch.no_grad()
-def observe(trainer: Trainer, number: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the trainer's student says behind accepted tokens of some answers.
+def observe(drafting: Drafting, data: Data, number: int, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the drafter says behind accepted tokens of some answers.
 
     Args:
         number: of this batch; it draws the anchors.
@@ -42,23 +43,23 @@ def observe(trainer: Trainer, number: int, indices: list[int]) -> tuple[Tensor, 
         depth ``[R]``: from 1, masked places from the last kept token; confidence ``[R, len(GRID)]`` of the likeliest token at
         each temperature; right ``[R]`` bool.
     """
-    student, gamma = trainer.student, int(trainer.student.config.block_size)
-    with trainer.precision():
-        batch = trainer.data.load(indices, f"calibrate/{number}", trainer.device)
-    anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), ANCHORS, batch.generator).to(trainer.device)
-    if trainer.first is None:
+    student, gamma, device = drafting.student, int(drafting.student.config.block_size), drafting.device
+    with precision(device):
+        batch = data.load(indices, f"calibrate/{number}", device)
+    anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), ANCHORS, batch.generator).to(device)
+    if drafting.first is None:
         kept = torch.zeros_like(anchors)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, student.mask_id, 1.0)
         banned, asked = torch.full_like(blocks.ids, -1), anchors >= 0
     else:
-        kept, refused, _ = trainer.first_draft(batch, anchors)
-        blocks, banned = trainer.redraft(batch, anchors, kept, refused)
+        kept, refused, _ = drafting.first_draft(batch, anchors)
+        blocks, banned = drafting.redraft(batch, anchors, kept, refused)
         asked = (anchors >= 0) & (refused >= 0)
     rows = (blocks.weights > 0) & asked.repeat_interleave(gamma, dim=1)
     logits = ban(student.logits(batch.features, blocks, rows).float(), banned[rows])
     right = torch.zeros_like(rows)
     right[rows] = student.draft_ids[logits.argmax(-1)] == blocks.labels[rows]
-    k = torch.arange(gamma, device=trainer.device)
+    k = torch.arange(gamma, device=device)
     so_far = (right.view(*anchors.shape, gamma) | (k <= kept[..., None])).long().cumprod(-1)
     reached = torch.cat([torch.ones_like(so_far[..., :1]), so_far[..., :-1]], -1).flatten(1)[rows] > 0
     depth = (k - kept[..., None]).flatten(1)[rows][reached]
@@ -118,8 +119,8 @@ def calibrate(args: argparse.Namespace) -> str:
     ids = checkpoints.read_drafter(path).target_layer_ids
     features = Features(answers, target, ids, None)
     options = pipeline.training.model_copy(update={"loss": "tokens"})
-    trainer = Trainer(student, first, Data(answers, features, options), options, path, torch.device("cpu"))
-    held_out = [i for i in trainer.data.held_out if answers[i].temperature == 0]
+    data, drafting = Data(answers, features, options), Drafting(student, first, options, torch.device("cpu"))
+    held_out = [i for i in data.held_out if answers[i].temperature == 0]
     if len(held_out) < 2:
         raise ValueError(f"{pipeline.training.corpus}: found {len(held_out)} held-out greedy answers, allowed: 2 or more")
     halves = []
@@ -127,7 +128,7 @@ def calibrate(args: argparse.Namespace) -> str:
         chosen = sorted(held_out[half::2], key=lambda i: len(answers[i]))
         seen = []
         for start in range(0, len(chosen), 8):
-            seen.append(observe(trainer, start, chosen[start : start + 8]))
+            seen.append(observe(drafting, data, start, chosen[start : start + 8]))
             print(f"{half * len(chosen) + start}/{len(held_out)} answers", file=sys.stderr, flush=True)
         halves.append([torch.cat(parts) for parts in zip(*seen, strict=True)])
     places = int(student.config.block_size) - 1

@@ -9,8 +9,6 @@ import json
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from decoding import best_first, sources
-from decoding.acceptance import walk
-from decoding.calibration import Calibration
-from decoding.drafts import Draft
 from export import checkpoints
 from export.config import TrainingSection, UserError, load
-from export.drafter import CANDIDATES
-from training.blocks import Blocks, discount, lay_blocks, sample_anchors, sample_kept
+from training.blocks import Blocks, discount, sample_anchors
 from training.corpus import read_corpus
 from training.data import Batch, Data
+from training.drafting import Drafting
 from training.features import Features, cache_folder
-from training.losses import ban, leading, likeliest, weighted_cross_entropy
+from training.losses import ban, weighted_cross_entropy
 from training.muon import Muon
+from training.precision import fast_bf16, precision
 from training.student import Student, draft_vocabulary, feature_scale
+from training.validation import Validation
 
-VALIDATE_EVERY = 100  # steps
-VALIDATED = 128  # held-out answers at most, spread over the corpus
+VALIDATE_EVERY, VALIDATIONS = 100, 20  # steps at least between two validations; validations a run at most
 SAVE_EVERY = 180  # seconds, between validations
-TREE = 12  # rows of the tree that validation grows
+TIMED = 40  # steps, after which a run of so many minutes knows how many it has time for
 WARM_UP, DECAY = 0.03, 0.4  # shares of the run in which the learning rate rises from 0, and falls to 0
 
 
@@ -48,6 +43,10 @@ class Trainer:
     Args:
         first: the trained first drafter, whose rejections a VP-Drafter learns from; None trains DFlash itself.
         output: folder of the state, the logs and the drafter.
+        minutes: train for about so long instead of ``options.steps``.
+
+    Attributes:
+        steps: of the whole run. blocks: seen so far on this device.
     """
 
     def __init__(
@@ -58,11 +57,15 @@ class Trainer:
         options: TrainingSection,
         output: Path,
         device: torch.device,
+        minutes: float | None = None,
     ) -> None:
-        self.student, self.first = student.to(device), first.to(device).eval() if first else None
+        self.student = student.to(device)
+        self.drafting = Drafting(self.student, first.to(device).eval() if first else None, options, device)
         self.data, self.options, self.output, self.device = data, options, output, device
+        self.validation = Validation(self.drafting, data, device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.step = self.epoch = self.offset = 0
+        self.step = self.epoch = self.offset = self.blocks = 0
+        self.steps, self.minutes = options.steps, minutes
         self.average = [p.detach().clone() for p in student.parameters()]
         matrices = [p for p in student.parameters() if p.ndim == 2]
         vectors = [p for p in student.parameters() if p.ndim != 2]
@@ -75,7 +78,7 @@ class Trainer:
 
     def rate(self) -> float:
         """Share of the full learning rate at this step: up, flat, then down to 0."""
-        done = (self.step + 1) / self.options.steps
+        done = (self.step + 1) / self.steps
         return min(1.0, done / WARM_UP, max(0.0, (1 - done) / DECAY) + 1e-3)
 
     def run(self) -> None:
@@ -84,41 +87,50 @@ class Trainer:
         with SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step) as board:
             if self.step == 0:  # what training starts from, against which all later validations stand
                 self.log({"step": 0} | self.validate(), board)
-            began, blocks = time.monotonic(), 0
-            saved = began
-            while self.step < self.options.steps:
-                loss, count = self.train_step()
-                blocks += count
-                record: dict[str, Any] = {
-                    "step": self.step,
-                    "epoch": self.epoch,
-                    "loss": round(loss, 4),
-                    "rate": self.rate(),
-                }
-                record["blocks_per_second"] = round(blocks / (time.monotonic() - began), 1)
-                if self.step % VALIDATE_EVERY == 0 or self.step == self.options.steps:
+            began = saved = warm = time.monotonic()
+            seen = self.blocks
+            while self.step < self.steps:
+                record: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(self.train_step(), 4)}
+                now = time.monotonic()
+                if self.step == TIMED // 2:
+                    warm = now
+                elif self.step == TIMED and self.minutes is not None:
+                    left = began + 60 * self.minutes - now
+                    self.steps = self.agreed(self.step + max(1, int(left / (now - warm) * (TIMED - TIMED // 2))))
+                record |= {"blocks": self.blocks, "rate": self.rate()}
+                record["blocks_per_second"] = round((self.blocks - seen) / (now - began), 1)
+                if self.step % max(VALIDATE_EVERY, self.steps // VALIDATIONS) == 0 or self.step == self.steps:
                     record |= self.validate()
                     self.save()
                     saved = time.monotonic()
-                elif time.monotonic() - saved > SAVE_EVERY:
+                elif now - saved > SAVE_EVERY:
                     self.save()
                     saved = time.monotonic()
                 self.log(record, board)
 
-    def train_step(self) -> tuple[float, int]:
-        """One update. Returns the loss and the number of blocks seen on this device."""
+    def agreed(self, steps: int) -> int:
+        """The first device's number, on all of them."""
+        if self.world == 1:
+            return steps
+        shared = torch.tensor(steps, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
+
+    def train_step(self) -> float:
+        """One update. Returns the loss."""
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.options.learning_rate * self.rate()
             optimiser.zero_grad(set_to_none=True)
-        loss, count = 0.0, 0
+        loss = 0.0
         for _ in range(self.options.accumulate):
             batch = self.next_batch()
             anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), self.options.anchors, batch.generator)
-            with self.precision():
+            with precision(self.device):
                 part = self.loss(batch, anchors.to(self.device)) / self.options.accumulate
             part.backward()
-            loss, count = loss + float(part.detach()), count + int((anchors >= 0).sum())
+            loss += float(part.detach())
+            self.blocks += int((anchors >= 0).sum())
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         if self.world > 1:
             for p in parameters:
@@ -130,7 +142,7 @@ class Trainer:
         decay = min(self.options.average, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.student.parameters()), 1 - decay)
-        return loss, count
+        return loss
 
     def next_batch(self) -> Batch:
         """This device's next batch; every epoch's order is another."""
@@ -140,12 +152,12 @@ class Trainer:
             groups = self.data.epoch(self.epoch)
         number = self.offset + self.rank
         self.offset += self.world
-        with self.precision():  # of the target's pass, too
+        with precision(self.device):  # of the target's pass, too
             return self.data.load(groups[number], f"{self.options.seed}/{self.epoch}/{number}", self.device)
 
     def loss(self, batch: Batch, anchors: Tensor) -> Tensor:
         """Mean over blocks of the weighted cross-entropy of their masked places."""
-        blocks, banned = self.lay(batch, anchors, self.options.rejections)
+        blocks, banned = self.drafting.lay(batch, anchors, self.options.rejections)
         if batch.foreseen is not None:
             blocks = discount(blocks, batch.foreseen.gather(1, anchors.clamp(min=0)), self.options.foreseen)
         labels = self.student.to_draft[blocks.labels]
@@ -174,111 +186,10 @@ class Trainer:
             wanted[torch.arange(len(labels), device=self.device), labels] += 0.5
         return wanted
 
-    def lay(self, batch: Batch, anchors: Tensor, rejections: float) -> tuple[Blocks, Tensor]:
-        """Blocks to train on, and the draft index that each place may not say, ``[S, N]``, or -1.
-
-        A VP-Drafter's block keeps l ∝ β^l true tokens or, as often as ``rejections`` says, what the first drafter got
-        right at this anchor; then the token that it got wrong there is banned, since an exclusive redraft bans it.
-        """
-        gamma, mask_id, tau = int(self.student.config.block_size), self.student.mask_id, self.options.tau
-        nothing = torch.zeros_like(anchors)
-        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        if self.first is None:
-            return lay_blocks(batch.tokens, batch.lengths, anchors, nothing, gamma, mask_id, tau), banned.flatten(1)
-        kept = sample_kept(tuple(anchors.shape), gamma, self.options.beta, batch.generator).to(self.device)
-        if rejections > 0:
-            accepted, refused, _ = self.first_draft(batch, anchors)
-            real = (torch.rand(anchors.shape, generator=batch.generator).to(self.device) < rejections) & (refused >= 0)
-            kept = torch.where(real, accepted, kept)
-            place = (kept + 1).clamp(max=gamma - 1)[..., None]
-            banned = banned.scatter(2, place, torch.where(real, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
-        return lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, mask_id, tau), banned.flatten(1)
-
-    @torch.no_grad()
-    def first_draft(self, batch: Batch, anchors: Tensor, width: int = 1) -> tuple[Tensor, Tensor, Draft]:
-        """What the first drafter makes of each block.
-
-        Args:
-            width: W, candidates of each place.
-
-        Returns:
-            accepted ``[S, A]``: leading tokens that are right; refused ``[S, A]``: the first wrong one, -1 if the block
-            or the answer ended before; the draft of S·A blocks, γ-1 places and W candidates.
-        """
-        first = self.first or self.student
-        gamma = int(first.config.block_size)
-        blocks = lay_blocks(batch.tokens, batch.lengths, anchors, torch.zeros_like(anchors), gamma, first.mask_id, 1.0)
-        drafted = (torch.arange(blocks.ids.shape[1], device=self.device) % gamma > 0).expand_as(blocks.ids)
-        probabilities, best = likeliest(first.hidden(batch.features, blocks, drafted), first.head, width)
-        shape = (*anchors.shape, gamma - 1)
-        candidates = first.draft_ids[best].view(*shape, width)
-        tokens = candidates[..., 0]
-        known = (blocks.weights > 0)[drafted].view(shape)
-        accepted = leading((tokens == blocks.labels[drafted].view(shape)) & known)
-        place = accepted.clamp(max=gamma - 2)[..., None]
-        missed = (accepted < gamma - 1) & known.gather(2, place).squeeze(2)
-        refused = torch.where(missed, tokens.gather(2, place).squeeze(2), -1)
-        probabilities = probabilities.view(*shape, width)
-        return accepted, refused, Draft([], anchors.flatten(), candidates.flatten(0, 1), probabilities.flatten(0, 1))
-
-    @cached_property
-    def validation(self) -> list[tuple[Batch, Tensor]]:
-        """Held-out greedy answers and anchors of each, ``[S, A]``: the same at every validation, so that they are kept."""
-        held_out = [i for i in self.data.held_out if self.data.answers[i].temperature == 0]
-        held_out = held_out[:: -(-len(held_out) // VALIDATED) or 1]
-        found = []
-        for start in range(0, len(held_out), 8):
-            with self.precision():
-                batch = self.data.load(held_out[start : start + 8], f"validate/{start}", self.device)
-            anchors = sample_anchors(batch.prompt_lengths.cpu(), batch.lengths.cpu(), 32, batch.generator)
-            found.append((batch, anchors.to(self.device)))
-        return found
-
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Acceptance length on held-out greedy answers, with the averaged weights, every anchor counting the same.
-
-        For DFlash the tokens of its own block, and those of its best-first tree of ``TREE`` rows; for a VP-Drafter those of
-        both drafters, its exclusive redraft at the first one's rejection counted whether or not that boundary would have been
-        selected.
-        """
-        won, grown, count = 0, 0, 0
-        with self.averaged(), self.precision():
-            for batch, anchors in self.validation:
-                accepted, refused, draft = self.first_draft(batch, anchors, 1 if self.first else CANDIDATES)
-                count += int((anchors >= 0).sum())
-                won += int((accepted + 1)[anchors >= 0].sum())
-                if self.first is not None:
-                    won += int(self.redraft_gain(batch, anchors, accepted, refused).sum())
-                else:
-                    grown += int((tree_gain(batch, anchors, draft) + 1)[anchors >= 0].sum())
-        lengths = {"acceptance_length": won} | ({} if self.first else {"tree_length": grown})
-        return {name: round(tokens / max(count, 1), 4) for name, tokens in lengths.items()}
-
-    def redraft(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> tuple[Blocks, Tensor]:
-        """Blocks kept up to the first drafter's rejections, and the draft index banned at each place ``[S, N]``, or -1."""
-        gamma = int(self.student.config.block_size)
-        blocks = lay_blocks(batch.tokens, batch.lengths, anchors, accepted, gamma, self.student.mask_id, 1.0)
-        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        index = torch.where((refused >= 0) & (anchors >= 0), self.student.to_draft[refused.clamp(min=0)], -1)
-        return blocks, banned.scatter(2, (accepted + 1).clamp(max=gamma - 1)[..., None], index[..., None]).flatten(1)
-
-    def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
-        """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
-        missed = (refused >= 0) & (anchors >= 0)
-        blocks, banned = self.redraft(batch, anchors, accepted, refused)
-        rows = blocks.weights > 0
-        said = ban(self.student.logits(batch.features, blocks, rows).float(), banned[rows]).argmax(-1)
-        gamma = int(self.student.config.block_size)
-        right = torch.zeros_like(rows)
-        right[rows] = self.student.draft_ids[said] == blocks.labels[rows]
-        k = torch.arange(gamma, device=self.device)
-        right = right.view(*anchors.shape, gamma) | (k <= accepted[..., None])
-        return (leading(right) - 1 - accepted).clamp(min=0) * missed
-
-    def precision(self) -> AbstractContextManager[object]:
-        """bf16 where the device multiplies it faster than f32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if fast_bf16(self.device) else nullcontext()
+        """What the averaged weights are worth on held-out answers."""
+        with self.averaged():
+            return self.validation.lengths()
 
     def averaged(self) -> "Averaged":
         return Averaged(list(self.student.parameters()), self.average)
@@ -288,7 +199,8 @@ class Trainer:
         if self.rank:
             return
         state = {
-            "progress": (self.step, self.epoch, self.offset),
+            "progress": (self.step, self.epoch, self.offset, self.blocks),
+            "steps": self.steps if self.minutes is not None else None,
             "student": [p.detach() for p in self.student.parameters()],
             "average": self.average,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -304,7 +216,8 @@ class Trainer:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.step, self.epoch, self.offset = state["progress"]
+        self.step, self.epoch, self.offset, self.blocks = state["progress"]
+        self.steps = state["steps"] or self.steps
         with torch.no_grad():
             for mine, saved in zip(self.student.parameters(), state["student"], strict=True):
                 mine.copy_(saved)
@@ -324,23 +237,6 @@ class Trainer:
                 board.add_scalar(key, value, record["step"])
         if self.step % 20 == 0 or "acceptance_length" in record:
             print("  ".join(f"{key} {value}" for key, value in record.items()), file=sys.stderr, flush=True)
-
-
-def tree_gain(batch: Batch, anchors: Tensor, draft: Draft) -> Tensor:
-    """Tokens ``[S, A]`` that a best-first tree of ``TREE`` rows, anchor included, gains from a first draft's marginals."""
-    positions = anchors.clamp(min=0)[..., None] + 1 + torch.arange(draft.tokens.shape[1] + 1, device=anchors.device)
-    within = positions < batch.lengths[:, None, None]
-    truth = batch.tokens.gather(1, positions.clamp(max=batch.tokens.shape[1] - 1).flatten(1)).view_as(positions)
-    said = torch.where(within, truth, -2).flatten(0, 1).cpu().numpy()  # behind the end: what no tree holds
-    draft = Draft([], *(x.cpu().numpy() for x in (draft.anchors, draft.candidates, draft.probabilities)))
-    tree = best_first.grow(draft.anchors, [sources.first(draft)], TREE, Calibration().factors)
-    nodes, _ = walk(tree, lambda depth, _: said[:, depth])
-    return torch.from_numpy((nodes > 0).sum(1)).view(anchors.shape).to(anchors.device)
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 matrices faster than f32 ones."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Averaged:
@@ -367,6 +263,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the drafter and its state (default: build/training/DRAFTER)")
     parser.add_argument("--start", type=Path, help="drafter to start from (default for vp: the DFlash of --first)")
     parser.add_argument("--first", type=Path, help="trained DFlash that a VP-Drafter follows (default: build/training/dflash)")
+    parser.add_argument(
+        "--minutes", type=minutes, help="train for about so long: training.steps is found out in the first of them, and kept"
+    )
     parser.add_argument("--no-cache", action="store_true", help="compute the target's features anew each epoch")
     args = parser.parse_args(arguments)
     try:
@@ -375,6 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def minutes(text: str) -> float:
+    """A time that is one: more than nothing."""
+    found = float(text)
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: a number of minutes above 0")
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
@@ -408,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         student = Student.load(start, target, scale, options.block_size)
     first = Student.load(first_path, target) if first_path else None
-    Trainer(student, first, data, options, output, device).run()
+    Trainer(student, first, data, options, output, device, args.minutes).run()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -35,7 +35,7 @@ def test_only_places_behind_accepted_tokens_are_observed(target, tmp_path):  # n
     made = trainer(target, tmp_path, steps=30, learning_rate=0.03)
     made.run()
     held_out = made.data.held_out
-    depth, confidence, right = observe(made, 0, held_out)
+    depth, confidence, right = observe(made.drafting, made.data, 0, held_out)
     assert confidence.shape == (len(depth), len(GRID))
     assert ((confidence > 0) & (confidence <= 1)).all()
     for place in (1, 2):  # each right token is followed by one observation more, unless the answer ends there
@@ -52,7 +52,7 @@ def test_a_second_drafter_is_observed_behind_the_first_ones_rejections(target, t
     anchors = torch.arange(2, 7).expand(len(batch.lengths), -1).contiguous()
     monkeypatch.setattr("training.calibrate.sample_anchors", lambda *_: anchors)
     monkeypatch.setattr(vp.data, "load", lambda *_: batch)
-    _, refused, _ = vp.first_draft(batch, anchors)
-    depth, _, _ = observe(vp, 0, [])
+    _, refused, _ = vp.drafting.first_draft(batch, anchors)
+    depth, _, _ = observe(vp.drafting, vp.data, 0, [])
     assert (refused >= 0).any()
     assert (depth == 1).sum() == (refused >= 0).sum()

@@ -1,5 +1,6 @@
 """Training on a toy target: what a student may see, what a kill changes, and that it learns."""
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,8 @@ from training.corpus import Answer, read_corpus
 from training.data import HELD_OUT, Data
 from training.features import Features, cache_folder
 from training.student import Student, draft_vocabulary, feature_scale
-from training.train import Trainer, tree_gain
+from training.train import Trainer
+from training.validation import tree_gain
 
 OPTIONS = {
     "target_layer_ids": tiny.LAYER_IDS,
@@ -48,7 +50,7 @@ def corpus(count=2 * HELD_OUT + 2, length=14):
     ]
 
 
-def trainer(target, output, which="dflash", first=None, start=None, **changes):
+def trainer(target, output, first=None, start=None, minutes=None, **changes):
     chosen, answers = options(**changes), corpus()
     features = Features(answers, target, tiny.LAYER_IDS, None)
     torch.manual_seed(0)
@@ -59,7 +61,7 @@ def trainer(target, output, which="dflash", first=None, start=None, **changes):
         student = Student.new(chosen, target, draft_vocabulary(answers, 300, chosen.draft_vocabulary), scale)
     output.mkdir(parents=True, exist_ok=True)
     loaded = Student.load(first, target) if first else None
-    return Trainer(student, loaded, Data(answers, features, chosen), chosen, output, CPU)
+    return Trainer(student, loaded, Data(answers, features, chosen), chosen, output, CPU, minutes)
 
 
 def test_features_are_the_targets_hidden_states_on_the_fly_and_from_the_cache(target, tmp_path):
@@ -166,7 +168,7 @@ def test_the_loss_looks_at_what_the_target_says_there(target, tmp_path, loss):
     made = trainer(target, tmp_path, loss=loss)
     batch = made.next_batch()
     anchors = torch.tensor([[4, 6]]).expand(len(batch.lengths), -1)
-    blocks, banned = made.lay(batch, anchors, 0.0)
+    blocks, banned = made.drafting.lay(batch, anchors, 0.0)
     labels = made.student.to_draft[blocks.labels]
     rows = (blocks.weights > 0) & (labels >= 0)
     wanted = made.wanted(batch, blocks, rows, labels[rows], banned[rows])
@@ -219,6 +221,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(target, tmp_path, which, monke
     assert [record["step"] for record in log if "acceptance_length" in record] == [0, 3, 6, 7]
 
 
+def test_a_run_of_so_many_minutes_finds_out_how_many_steps_that_is(target, tmp_path, monkeypatch):
+    ticks = itertools.count()  # each step takes a second
+    monkeypatch.setattr("training.train.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("training.train.TIMED", 4)
+    made = trainer(target, tmp_path, steps=5000, blocks=6, minutes=0.5)
+    made.run()
+    assert made.step == made.steps == 30
+    assert made.rate() < 0.01
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["blocks"] == made.blocks > log[-2]["blocks"] > 0
+    again = trainer(target, tmp_path, steps=5000, blocks=6, minutes=99)
+    again.run()
+    assert (again.step, again.steps, again.blocks) == (30, 30, made.blocks)
+
+
 def test_it_learns(target, tmp_path):
     """From next to nothing to most of a block, and a VP-Drafter adds to it where DFlash is wrong."""
     dflash = trainer(target, tmp_path / "dflash", steps=120, learning_rate=0.03)
@@ -241,12 +258,12 @@ def test_a_tree_gains_what_its_rows_reach(target, tmp_path, monkeypatch):
         made.train_step()
     batch = made.data.load(made.data.held_out[:2], "tree", CPU)
     anchors = torch.tensor([[3, 7, -1], [12, 9, 2]])  # behind anchor 12 of 15 tokens there are two more
-    accepted, _, draft = made.first_draft(batch, anchors, 3)
-    monkeypatch.setattr("training.train.TREE", 1)
+    accepted, _, draft = made.drafting.first_draft(batch, anchors, 3)
+    monkeypatch.setattr("training.validation.TREE", 1)
     assert not tree_gain(batch, anchors, draft).any()
-    monkeypatch.setattr("training.train.TREE", 2)
+    monkeypatch.setattr("training.validation.TREE", 2)
     assert torch.equal(tree_gain(batch, anchors, draft), accepted.clamp(max=1))
-    monkeypatch.setattr("training.train.TREE", 1 + 3 + 9 + 27)
+    monkeypatch.setattr("training.validation.TREE", 1 + 3 + 9 + 27)
     truth = torch.nn.functional.pad(batch.tokens, (0, 3), value=-2).gather(1, anchors.clamp(min=0) + 1)
     first = (draft.candidates.view(2, 3, 3, 3)[:, :, 0] == truth[..., None]).any(-1)
     gain = tree_gain(batch, anchors, draft)
@@ -261,8 +278,8 @@ def test_rejections_are_what_the_first_drafter_gets_wrong(target, tmp_path):
     vp = trainer(target, tmp_path / "vp", first=tmp_path / "first", start=tmp_path / "first")
     batch = vp.next_batch()
     anchors = torch.arange(2, 7).expand(len(batch.lengths), -1).contiguous()
-    accepted, refused, draft = vp.first_draft(batch, anchors, 2)
-    blocks, banned = vp.lay(batch, anchors, rejections=1.0)
+    accepted, refused, draft = vp.drafting.first_draft(batch, anchors, 2)
+    blocks, banned = vp.drafting.lay(batch, anchors, rejections=1.0)
     assert draft.candidates.shape == draft.probabilities.shape == (anchors.numel(), 3, 2)
     ids, banned = blocks.ids.view(*anchors.shape, 4), banned.view(*anchors.shape, 4)
     found = False
