@@ -118,7 +118,7 @@ def calibrate(args: argparse.Namespace) -> str:
     first = Student.load(args.first or Path("build/training/dflash"), target) if args.drafter == "vp" else None
     ids = checkpoints.read_drafter(path).target_layer_ids
     features = Features(answers, target, ids, None)
-    options = pipeline.training.model_copy(update={"loss": "tokens"})
+    options = pipeline.training.model_copy(update={"loss": "tokens", "foreseen": 1.0})  # nothing is learned here
     data, drafting = Data(answers, features, options), Drafting(student, first, options, torch.device("cpu"))
     held_out = [i for i in data.held_out if answers[i].temperature == 0]
     if len(held_out) < 2:

@@ -46,7 +46,7 @@ class Data:
         self.held_out = list(range(0, len(answers), HELD_OUT))
         self.trained = [i for i in range(len(answers)) if i % HELD_OUT]
         tasks = {answer.task for answer in answers}
-        for task in options.shares.keys() - tasks:
+        for task in sorted(options.shares.keys() - tasks):
             raise ValueError(f"training.shares.{task}: found a task that no answer has, allowed: {', '.join(sorted(tasks))}")
 
     def epoch(self, number: int) -> list[list[int]]:

@@ -30,18 +30,15 @@ class Drafting:
         right at this anchor; then the token that it got wrong there is banned, since an exclusive redraft bans it.
         """
         gamma, mask_id, tau = int(self.student.config.block_size), self.student.mask_id, self.tau
-        nothing = torch.zeros_like(anchors)
-        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        if self.first is None:
-            return lay_blocks(batch.tokens, batch.lengths, anchors, nothing, gamma, mask_id, tau), banned.flatten(1)
-        kept = sample_kept(tuple(anchors.shape), gamma, self.beta, batch.generator).to(self.device)
-        if rejections > 0:
-            accepted, refused, _ = self.first_draft(batch, anchors)
-            real = (torch.rand(anchors.shape, generator=batch.generator).to(self.device) < rejections) & (refused >= 0)
-            kept = torch.where(real, accepted, kept)
-            place = (kept + 1).clamp(max=gamma - 1)[..., None]
-            banned = banned.scatter(2, place, torch.where(real, self.student.to_draft[refused.clamp(min=0)], -1)[..., None])
-        return lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, mask_id, tau), banned.flatten(1)
+        kept, refused = torch.zeros_like(anchors), torch.full_like(anchors, -1)
+        if self.first is not None:
+            kept = sample_kept(tuple(anchors.shape), gamma, self.beta, batch.generator).to(self.device)
+            if rejections > 0:
+                accepted, refused, _ = self.first_draft(batch, anchors)
+                real = (torch.rand(anchors.shape, generator=batch.generator).to(self.device) < rejections) & (refused >= 0)
+                kept, refused = torch.where(real, accepted, kept), torch.where(real, refused, -1)
+        blocks = lay_blocks(batch.tokens, batch.lengths, anchors, kept, gamma, mask_id, tau)
+        return blocks, self.banned(kept, refused)
 
     @torch.no_grad()
     def first_draft(self, batch: Batch, anchors: Tensor, width: int = 1) -> tuple[Tensor, Tensor, Draft]:
@@ -74,6 +71,12 @@ class Drafting:
         """Blocks kept up to the first drafter's rejections, and the draft index banned at each place ``[S, N]``, or -1."""
         gamma = int(self.student.config.block_size)
         blocks = lay_blocks(batch.tokens, batch.lengths, anchors, accepted, gamma, self.student.mask_id, 1.0)
-        banned = torch.full((*anchors.shape, gamma), -1, device=self.device)
-        index = torch.where((refused >= 0) & (anchors >= 0), self.student.to_draft[refused.clamp(min=0)], -1)
-        return blocks, banned.scatter(2, (accepted + 1).clamp(max=gamma - 1)[..., None], index[..., None]).flatten(1)
+        return blocks, self.banned(accepted, torch.where(anchors >= 0, refused, -1))
+
+    def banned(self, kept: Tensor, refused: Tensor) -> Tensor:
+        """The draft index that each place may not say, ``[S, N]``, or -1: behind ``kept`` tokens the one of token ``refused``,
+        both ``[S, A]``, or of none that is -1."""
+        gamma = int(self.student.config.block_size)
+        index = torch.where(refused >= 0, self.student.to_draft[refused.clamp(min=0)], -1)
+        places = torch.full((*kept.shape, gamma), -1, device=self.device)
+        return places.scatter(2, (kept + 1).clamp(max=gamma - 1)[..., None], index[..., None]).flatten(1)

@@ -62,7 +62,7 @@ class Trainer:
         self.student = student.to(device)
         self.drafting = Drafting(self.student, first.to(device).eval() if first else None, options, device)
         self.data, self.options, self.output, self.device = data, options, output, device
-        self.validation = Validation(self.drafting, data, device)
+        self.validation = Validation(self.drafting, data)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.step = self.epoch = self.offset = self.blocks = 0
         self.steps, self.minutes = options.steps, minutes

@@ -24,8 +24,8 @@ TREE = 12  # rows of the tree that is grown
 class Validation:
     """Held-out greedy answers, and what drafters make of them."""
 
-    def __init__(self, drafting: Drafting, data: Data, device: torch.device) -> None:
-        self.drafting, self.data, self.device = drafting, data, device
+    def __init__(self, drafting: Drafting, data: Data) -> None:
+        self.drafting, self.data, self.device = drafting, data, drafting.device
 
     @cached_property
     def batches(self) -> list[tuple[Batch, Tensor]]:
@@ -63,13 +63,13 @@ class Validation:
 
     def redraft_gain(self, batch: Batch, anchors: Tensor, accepted: Tensor, refused: Tensor) -> Tensor:
         """Tokens ``[S, A]`` that the student's redraft adds behind the first drafter's rejection."""
-        missed = (refused >= 0) & (anchors >= 0)
+        student, missed = self.drafting.student, (refused >= 0) & (anchors >= 0)
         blocks, banned = self.drafting.redraft(batch, anchors, accepted, refused)
         rows = blocks.weights > 0
-        said = ban(self.drafting.student.logits(batch.features, blocks, rows).float(), banned[rows]).argmax(-1)
-        gamma = int(self.drafting.student.config.block_size)
+        said = ban(student.logits(batch.features, blocks, rows).float(), banned[rows]).argmax(-1)
+        gamma = int(student.config.block_size)
         right = torch.zeros_like(rows)
-        right[rows] = self.drafting.student.draft_ids[said] == blocks.labels[rows]
+        right[rows] = student.draft_ids[said] == blocks.labels[rows]
         k = torch.arange(gamma, device=self.device)
         right = right.view(*anchors.shape, gamma) | (k <= accepted[..., None])
         return (leading(right) - 1 - accepted).clamp(min=0) * missed
