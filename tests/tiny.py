@@ -129,13 +129,13 @@ LONG = """
 target: {{checkpoint: {root}/target}}
 decoding: {{mode: autoregressive}}
 engine: {{precision: f32}}
-limits: {{sequences: 2, waiting: {waiting}, length: 4096, max_tokens: 480}}
+limits: {{sequences: 2, waiting: {waiting}, length: 12288, max_tokens: 480}}
 """
 
 
 def save_long_pipeline(root: Path, waiting: int) -> Path:
     """A tiny target alone with room for answers of seconds, on any machine: not over before something else happens."""
-    save_target(root / "target", max_position_embeddings=4096)
+    save_target(root / "target", max_position_embeddings=12288)
     file = root / "pipeline.yaml"
     file.write_text(LONG.format(root=root, waiting=waiting))
     return file

@@ -27,7 +27,7 @@ from triton_repo.serve import Ports, Server
 
 LONG = 3600  # tokens, two seconds at least
 SHORT = Options(max_tokens=4)
-ENDLESS = Options(max_tokens=LONG, ignore_eos=True)
+ENDLESS = Options(max_tokens=12_000, ignore_eos=True)  # ten seconds
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def all_left(server, count):
     time.sleep(1.2 * EVERY)  # for what others have left
     before = cancelled(server)
     yield
-    eventually(lambda: requests_at_hand(server) == 0 and cancelled(server) == before + count)
+    eventually(lambda: requests_at_hand(server) == 0)
+    eventually(lambda: cancelled(server) == before + count)
 
 
 def begun(asked, options):
@@ -96,7 +97,7 @@ def begun(asked, options):
 def all_is_free(asked):
     """As many requests of full length as there are places are answered side by side: no row is lost."""
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda text: asked.generate(text, Options(max_tokens=4000)), ("free", "too")))
+        answers = list(pool.map(lambda text: asked.generate(text, Options(max_tokens=ENDLESS.max_tokens)), ("free", "too")))
     assert {answer.finish_reason for answer in answers} <= {"end", "length"}
 
 
