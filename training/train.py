@@ -26,7 +26,6 @@ from training.data import Batch, Data
 from training.drafting import Drafting
 from training.features import Features, cache_folder
 from training.losses import ban, weighted_cross_entropy
-from training.memory import give_back
 from training.muon import Muon
 from training.precision import fast_bf16, precision
 from training.student import Student, draft_vocabulary, feature_scale
@@ -197,7 +196,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state to go on from, then the drafter as it is now."""
-        give_back()
         if self.rank:
             return
         state = {
