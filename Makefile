@@ -8,9 +8,6 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 # The server that a PyPI package ships, alone and aside: what it depends on would pull our own packages back by years.
 TRITON := nvidia-pytriton==0.7.0
-# PyTorch gives and takes back megabytes all the time; glibc keeps them instead of asking the kernel each time. But not the
-# largest (MMAP_MAX_=0): batches of all lengths leave gaps that none fits, 24 GB after 150 steps of which 5 are in use.
-TRAINING := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=100000000000
 # Two files of tests at a time, PyTorch with a thread for each. In their order, because those of few tests are not the short ones.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -18,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --
 MINUTES ?= 90
 PIPELINE ?= pipeline.yaml
 START ?=
-TRAIN := $(TRAINING) $(VENV)/bin/python -m
+TRAIN := $(VENV)/bin/python -m
 
 .PHONY: demo serve train test test-all deploy-check lint clean
 
