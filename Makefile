@@ -15,7 +15,6 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --
 MINUTES ?= 90
 PIPELINE ?= pipeline.yaml
 START ?=
-TRAIN := $(VENV)/bin/python -m
 
 .PHONY: demo serve train test test-all deploy-check lint clean
 
@@ -29,10 +28,10 @@ serve: $(VENV)/demo.stamp
 
 # Two thirds of the time for the first drafter, on whose weights and rejections the second one's training starts.
 train: $(VENV)/train.stamp
-	$(TRAIN) training.train $(PIPELINE) --drafter dflash --minutes $$(($(MINUTES) * 2 / 3)) $(if $(START),--start $(START))
-	$(TRAIN) training.calibrate $(PIPELINE) --drafter dflash
-	$(TRAIN) training.train $(PIPELINE) --drafter vp --minutes $$(($(MINUTES) - $(MINUTES) * 2 / 3))
-	$(TRAIN) training.calibrate $(PIPELINE) --drafter vp
+	$(VENV)/bin/python -m training.train $(PIPELINE) --drafter dflash --minutes $$(($(MINUTES) * 2 / 3)) $(if $(START),--start $(START))
+	$(VENV)/bin/python -m training.calibrate $(PIPELINE) --drafter dflash
+	$(VENV)/bin/python -m training.train $(PIPELINE) --drafter vp --minutes $$(($(MINUTES) - $(MINUTES) * 2 / 3))
+	$(VENV)/bin/python -m training.calibrate $(PIPELINE) --drafter vp
 
 test: $(VENV)/test.stamp lint
 	$(PYTEST) -m "not slow and not gpu"
