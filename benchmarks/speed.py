@@ -40,6 +40,7 @@ from export.prompts import chat_ids, first_of_each_task, read_prompts
 
 PLAIN: ModeName = "autoregressive"
 MODES: tuple[ModeName, ...] = ("lookup", "dflash", "ddtree", "d2sd", "auto")
+GROUPS = ("task", "temperature", "concurrency", "context")
 PROMPTS = Path(__file__).resolve().parent.parent / "training" / "prompts" / "eval.jsonl"
 PEERS = Path(__file__).with_name("peers")
 SLICE = 0.25  # seconds of a turn
@@ -359,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument("--rounds", type=int, default=3, help="how often all is measured (default: 3)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), metavar="MODE", help="each beside plain decoding")
-    parser.add_argument("--groups", nargs="+", default=["task", "temperature", "concurrency", "context"], metavar="TABLE")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="tables that are made (default: all)")
     parser.add_argument("--served", metavar="HOST:PORT", help="ask the build's service there, by gRPC, instead of its engines")
     parser.add_argument("--peers", nargs="*", choices=list(PACKAGES), default=[], help="set these beside it")
     parser.add_argument("--gguf", type=Path, help="the file that peers read (default: the demo's)")

@@ -7,8 +7,9 @@ n best of all at the end: as many operations on arrays as there are depths.
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from decoding.coupling import Coupling
 from decoding.engines import Array
 from decoding.prefix_tree import PrefixTree
 from decoding.sources import Option, Proposer, Row, Source
+
+_likelihood = itemgetter(0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def grow(
     anchors: Array,
     sources: Sequence[Any],
     nodes: int | list[int],
-    factors: Array,
+    factors: Any,
     least: float = 0.0,
     couplings: Sequence[Coupling | None] = (),
 ) -> PrefixTree:
@@ -42,7 +45,7 @@ def grow(
     Args:
         anchors: ``[B]`` int64. sources: one at least; in the host's memory any ``Proposer``, on a device ``Source``.
         nodes: N, the anchor among them; in the host's memory, of each tree.
-        factors: ``[origins, depths]``, by which odds are corrected (``calibration``).
+        factors: ``[depths][origins]``, by which odds are corrected (``calibration``); on a device an array.
         least: in the host's memory, of a node's value. couplings: in the host's memory, of each sequence, if any.
     """
     if is_numpy_namespace(array_namespace(anchors)):
@@ -56,13 +59,13 @@ def _by_queue(
     anchors: Array,
     sources: Sequence[Proposer],
     nodes: list[int],
-    factors: Array,
+    factors: Sequence[Sequence[float]],
     least: float,
     couplings: Sequence[Coupling | None],
 ) -> PrefixTree:
-    corrected = factors.T.tolist()
     grown = [
-        _Queue(sources, b, corrected, couplings[b]).take(anchor, nodes[b], least) for b, anchor in enumerate(anchors.tolist())
+        _taken(anchor, [source.start(b) for source in sources], nodes[b], factors, least, couplings[b])
+        for b, anchor in enumerate(anchors.tolist())
     ]
     counts = [len(nodes) for nodes in grown]
     shape = (len(grown), max(counts))
@@ -80,66 +83,60 @@ def _by_queue(
     return PrefixTree(tokens, parents, depths, mask, values, origins, counts, int(depths.max()))
 
 
-class _Queue:
-    """The paths behind which something is proposed for one sequence, the best proposal of each in a heap."""
+def _taken(
+    anchor: int,
+    rows: list[Row],
+    nodes: int,
+    factors: Sequence[Sequence[float]],
+    least: float,
+    coupling: Coupling | None,
+) -> list[tuple[int, int, int, float, int]]:
+    """Token, parent, depth, value and origin of the most valuable nodes of one sequence, the anchor first.
 
-    def __init__(self, sources: Sequence[Proposer], b: int, factors: list[list[float]], coupling: Coupling | None) -> None:
-        """factors: by depth, then by origin."""
-        self.sources, self.b, self.factors, self.coupling = sources, b, factors, coupling
-        self.rows: dict[tuple[int, Hashable], Row] = {}
-        self.known: dict[tuple[Hashable, int], list[Option]] = {}
-
-    def take(self, anchor: int, nodes: int, least: float) -> list[tuple[int, int, int, float, int]]:
-        """Token, parent, depth, value and origin of the most valuable nodes, the anchor first."""
-        taken = [(anchor, -1, 0, 1.0, 0)]
-        if nodes == 1:
-            return taken
-        start = tuple([source.start(self.b) for source in self.sources])
-        heap = [(-p, 0, 0, start) for p, _, _ in self.options(start, 1)[:1]]  # value, node, number of its option, states
-        while heap and heap[0][0] < -least and len(taken) < nodes:
-            negative, parent, number, states = heap[0]
-            value, depth = taken[parent][3], taken[parent][2] + 1
-            options = self.options(states, depth)
-            if number + 1 < len(options):
-                heapq.heapreplace(heap, (-value * options[number + 1][0], parent, number + 1, states))
-            else:
-                heapq.heappop(heap)
-            _, token, origin = options[number]
-            node = len(taken)
-            taken.append((token, parent, depth, -negative, origin))
-            states = tuple([self.row(j, state).after(token) for j, state in enumerate(states)])
-            for p, _, _ in self.options(states, depth + 1)[:1]:
-                heapq.heappush(heap, (negative * p, node, 0, states))
-        return taken
-
-    def row(self, source: int, state: Hashable) -> Row:
-        if (source, state) not in self.rows:
-            self.rows[source, state] = self.sources[source].row(self.b, state)
-        return self.rows[source, state]
-
-    def options(self, states: tuple[Hashable, ...], depth: int) -> list[Option]:
-        """What is proposed at a depth, likeliest first; joined as ``_joined`` does."""
-        if (states, depth) not in self.known:
-            proposals = [row.options for j, state in enumerate(states) if (row := self.row(j, state)).options]
-            joined = proposals[0] if proposals else []
-            for other in proposals[1:]:
-                theirs = {token: (p, origin) for p, token, origin in joined}
-                both = []
-                for p, token, origin in other:
-                    q, by = theirs.pop(token, (0.0, 0))
-                    both.append((1 - (1 - p) * (1 - q), token, origin | by))
-                left = max(0.0, 1 - sum(p for p, _, _ in both))
-                joined = both + [(p * left, token, origin) for token, (p, origin) in theirs.items()]
-            factor = self.factors[min(depth, len(self.factors) - 1)]
-            corrected = [(p * factor[by] / (1 - p + p * factor[by]), token, by) for p, token, by in joined]
-            if self.coupling:
-                corrected = [(self.coupling.coupled(p, depth, token), token, by) for p, token, by in corrected]
-            self.known[states, depth] = sorted(corrected, key=_likelihood)
-        return self.known[states, depth]
+    Of each node the best proposal behind it that was not taken lies in a heap. rows: of the sources, at the anchor.
+    """
+    taken = [(anchor, -1, 0, 1.0, 0)]
+    heap: list[tuple[float, int, int, list[Option], list[Row]]] = []  # value, node, number of its option; its options, its rows
+    while len(taken) < nodes:
+        node = len(taken) - 1
+        _, _, depth, value, _ = taken[node]
+        options = _options(rows, depth + 1, factors, coupling)
+        if options:
+            heapq.heappush(heap, (-value * options[0][0], node, 0, options, rows))
+        if not heap or heap[0][0] >= -least:
+            break
+        negative, parent, number, options, behind = heap[0]
+        if number + 1 < len(options):
+            further = -taken[parent][3] * options[number + 1][0]
+            heapq.heapreplace(heap, (further, parent, number + 1, options, behind))
+        else:
+            heapq.heappop(heap)
+        _, token, origin = options[number]
+        taken.append((token, parent, taken[parent][2] + 1, -negative, origin))
+        rows = [row.after(token) for row in behind]
+    return taken
 
 
-def _likelihood(option: Option) -> float:
-    return -option[0]
+def _options(rows: list[Row], depth: int, factors: Sequence[Sequence[float]], coupling: Coupling | None) -> list[Option]:
+    """What is proposed at a depth, likeliest first; joined as ``_joined`` does."""
+    joined: list[Option] = []
+    for row in rows:
+        if not joined:
+            joined = row.options
+        elif row.options:
+            theirs = {token: (p, origin) for p, token, origin in joined}
+            both = []
+            for p, token, origin in row.options:
+                q, by = theirs.pop(token, (0.0, 0))
+                both.append((1 - (1 - p) * (1 - q), token, origin | by))
+            left = max(0.0, 1 - sum([p for p, _, _ in both]))
+            joined = both + [(p * left, token, origin) for token, (p, origin) in theirs.items()]
+    factor = factors[min(depth, len(factors) - 1)]
+    corrected = [((odds := p * factor[by]) / (1 - p + odds), token, by) for p, token, by in joined]
+    if coupling:
+        corrected = [(coupling.coupled(p, depth, token), token, by) for p, token, by in corrected]
+    corrected.sort(key=_likelihood, reverse=True)
+    return corrected
 
 
 def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int, factors: Array) -> PrefixTree:
@@ -153,7 +150,7 @@ def _by_depth(anchors: Array, sources: Sequence[Source], nodes: int, factors: Ar
     for depth in range(1, max(source.height for source in sources) + 1):
         options = _joined([_proposed(source, state) for source, state in zip(sources, states, strict=True)])
         width = options.tokens.shape[2]
-        factor = factors[:, min(depth, factors.shape[1] - 1)]
+        factor = factors[min(depth, factors.shape[0] - 1)]
         factor = xp.reshape(xp.take(factor, xp.reshape(options.origins, (-1,))), options.origins.shape)
         odds = options.probabilities * factor
         reached = xp.reshape(value[..., None] * odds / (1 - options.probabilities + odds), (batch, -1))

@@ -1,9 +1,7 @@
 """What probabilities are worth: corrected by what the target said, for each origin and depth (docs/method.md §4)."""
 
 import math
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable
 
 from decoding.acceptance import Walk
 from decoding.sources import ORIGINS, TEXT
@@ -16,42 +14,44 @@ LIMIT = 1.5  # of a correction, in logits
 
 
 class Calibration:
-    """Corrections of the logit of a node's probability, its parent being accepted: of an origin, and of one at a depth."""
+    """Corrections of the logit of a node's probability, its parent being accepted: of an origin, and of one at a depth.
+
+    Attributes:
+        factors: ``[DEPTHS][origins]``, what the odds of a node are multiplied by; the last row for deeper ones, too.
+    """
 
     def __init__(self) -> None:
         origins = 1 << len(ORIGINS)
         self.shared = [TEXT_PRIOR if origin & TEXT else 0.0 for origin in range(origins)]
         self.own = [[0.0] * DEPTHS for _ in range(origins)]
-        self._factors = np.ones((origins, DEPTHS), np.float32)
-        self._stale = set(range(origins))
+        self.factors = [[1.0] * origins for _ in range(DEPTHS)]
+        self._settle(range(origins))
 
-    @property
-    def factors(self) -> NDArray[np.float32]:
-        """``[origins, DEPTHS]``, what the odds of a node are multiplied by; column d for depth d, the last for deeper ones."""
-        for origin in self._stale:
-            logits = self.shared[origin] + np.array(self.own[origin])
-            self._factors[origin] = np.exp(np.clip(logits, -LIMIT, LIMIT))
-        self._stale.clear()
-        return self._factors.copy()  # of this moment: a device may read it later
+    def _settle(self, origins: Iterable[int]) -> None:
+        for origin in origins:
+            shared = self.shared[origin]
+            for depth, own in enumerate(self.own[origin]):
+                self.factors[depth][origin] = math.exp(_limited(shared + own))
 
     def corrected(self, values: list[float], origin: int) -> list[float]:
         """Values as one origin's first nodes are corrected."""
         if not values:
             return []
-        factor = math.exp(_limited(self.shared[origin] + self.own[origin][1]))
+        factor = self.factors[1][origin]
         return [value * factor / (1 - value + value * factor) for value in values]
 
     def learn(self, walk: Walk) -> None:
         """Compare a tree with the walk through it: every child of an accepted node was put to the test."""
-        accepted = set(walk.accepted)
+        accepted, corrected = set(walk.accepted), set()
         for node in range(1, len(walk.parents)):
             parent = walk.parents[node]
             if parent in accepted and walk.values[node] > 0:
                 step = RATE * ((node in accepted) - walk.values[node] / walk.values[parent])
                 origin, depth = walk.origins[node], min(walk.depths[node], DEPTHS - 1)
-                self._stale.add(origin)
+                corrected.add(origin)
                 self.shared[origin] = _limited(self.shared[origin] + SHARED * step)
                 self.own[origin][depth] = _limited(self.own[origin][depth] + (1 - SHARED) * step)
+        self._settle(corrected)
 
 
 def _limited(logit: float) -> float:

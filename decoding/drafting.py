@@ -1,9 +1,10 @@
 """What each sequence's mode wants verified: drafts, redrafts and trees for a whole batch (docs/method.md §7)."""
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_numpy_namespace
 
 from decoding import best_first, branches, prefix_tree
 from decoding.acceptance import Walk
@@ -157,7 +158,9 @@ class Drafting:
             return prefix_tree.merge(group.anchors, self._whole(group), (FIRST, others))
         if group.tree is not None:
             return group.tree
-        factors = self.target.send(self.calibration.factors)
+        factors: Any = self.calibration.factors
+        if not is_numpy_namespace(array_namespace(group.anchors)):
+            factors = self.target.send(np.array(factors, np.float32))
         feeding = group.sources(self.text, self.ngrams, self.target)
         if not feeding:  # n-grams alone, and no table of them
             return prefix_tree.merge(group.anchors, self._whole(group))

@@ -106,31 +106,27 @@ class NGrams:
         return found
 
 
-@dataclass(frozen=True)
 class NGramRow:
     """A state: the context that decides."""
 
-    options: list[Option]
-    context: Context
-    order: int
+    def __init__(self, table: NGrams, context: Context) -> None:
+        self.table, self.context = table, context
+        self.options = table.options(context)
 
-    def after(self, token: int) -> Context:
-        return (*self.context, token)[-self.order :]
+    def after(self, token: int) -> "NGramRow":
+        return NGramRow(self.table, (*self.context, token)[-self.table.order :])
 
 
+@dataclass(frozen=True)
 class NGramSource:
     """A table behind the last tokens of B sequences. Contract: ``sources.Proposer``."""
 
+    table: NGrams
+    contexts: list[Context]
     height = HEIGHT
 
-    def __init__(self, table: NGrams, contexts: list[Context]) -> None:
-        self.table, self.contexts = table, contexts
-
-    def start(self, b: int) -> Context:
-        return self.contexts[b]
-
-    def row(self, b: int, state: Context) -> NGramRow:
-        return NGramRow(self.table.options(state), state, self.table.order)
+    def start(self, b: int) -> NGramRow:
+        return NGramRow(self.table, self.contexts[b])
 
 
 def load(file: Path | None) -> NGrams | None:

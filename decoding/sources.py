@@ -1,9 +1,8 @@
 """Where the tokens of a tree come from: each source is an automaton that proposes tokens and says how likely they are."""
 
 import heapq
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -18,16 +17,16 @@ STATES, OPTIONS = 34, 4  # of a trie that a device is sent
 
 
 class Row(Protocol):
-    """A state of a source: what it proposes, and where each token leads."""
+    """A state of a source: what it proposes, and the state behind each token."""
 
     @property
     def options(self) -> list[Option]: ...
 
-    def after(self, token: int) -> Hashable: ...
+    def after(self, token: int) -> "Row": ...
 
 
 class Proposer(Protocol):
-    """A source in the host's memory: states may be whatever it likes, and are looked at one by one.
+    """A source in the host's memory.
 
     Attributes:
         height: tokens that a path of proposals is worth following for.
@@ -36,10 +35,8 @@ class Proposer(Protocol):
     @property
     def height(self) -> int: ...
 
-    def start(self, b: int) -> Hashable:
+    def start(self, b: int) -> Row:
         """The state of sequence b in front of the first token."""
-
-    def row(self, b: int, state: Any) -> Row: ...
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,8 @@ class Source:
     origins: Array
     height: int
 
-    def start(self, b: int) -> int:
-        return 0
-
-    def row(self, b: int, state: int) -> "SourceRow":
-        return SourceRow(self, b, state)
+    def start(self, b: int) -> "SourceRow":
+        return SourceRow(self, b, 0, {})
 
     def sent(self, memory: Sequences) -> "Source":
         """From the host's memory into an engine's."""
@@ -77,18 +71,24 @@ class Source:
 
 
 class SourceRow:
-    """A state of a source's tables."""
+    """A state of a source's tables. Many paths lead to it: ``rows`` has those of the sequence that were met."""
 
-    def __init__(self, source: Source, b: int, state: int) -> None:
-        self.source, self.spot = source, (b, state)
-        self.tokens: list[int] = source.tokens[self.spot].tolist()
-        proposed = zip(source.probabilities[self.spot].tolist(), self.tokens, source.origins[self.spot].tolist(), strict=True)
+    def __init__(self, source: Source, b: int, state: int, rows: "dict[int, SourceRow]") -> None:
+        self.source, self.b, self.state, self.rows = source, b, state, rows
+        rows[state] = self
+        self.tokens: list[int] = source.tokens[b, state].tolist()
+        proposed = zip(source.probabilities[b, state].tolist(), self.tokens, source.origins[b, state].tolist(), strict=True)
         self.options: list[Option] = [option for option in proposed if option[0] > 0]
 
-    def after(self, token: int) -> int:
-        if token in self.tokens:
-            return int(self.source.after[self.spot][self.tokens.index(token)])
-        return int(self.source.otherwise[self.spot])
+    def after(self, token: int) -> "SourceRow":
+        own = token in self.tokens
+        where = (
+            self.source.after[self.b, self.state, self.tokens.index(token)]
+            if own
+            else self.source.otherwise[self.b, self.state]
+        )
+        state = int(where)
+        return self.rows.get(state) or SourceRow(self.source, self.b, state, self.rows)
 
 
 def spread(proposer: Proposer, batch: int) -> Source:
@@ -97,7 +97,7 @@ def spread(proposer: Proposer, batch: int) -> Source:
     tokens, after = np.full(shape, -1, dtype=np.int64), np.ones(shape, dtype=np.int64)  # state 1 is the end
     probabilities, origins = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int64)
     for b in range(batch):
-        queue: list[tuple[float, int, int, Row]] = [(-1.0, 0, 0, proposer.row(b, proposer.start(b)))]  # value, state, depth
+        queue: list[tuple[float, int, int, Row]] = [(-1.0, 0, 0, proposer.start(b))]  # value, state, depth
         number = 2
         while queue:
             negative, state, depth, row = heapq.heappop(queue)
@@ -106,7 +106,7 @@ def spread(proposer: Proposer, batch: int) -> Source:
                 tokens[where], probabilities[where], origins[where] = token, p, origin
                 if number < STATES and depth + 1 < proposer.height:
                     after[where] = number
-                    heapq.heappush(queue, (negative * p, number, depth + 1, proposer.row(b, row.after(token))))
+                    heapq.heappush(queue, (negative * p, number, depth + 1, row.after(token)))
                     number += 1
     return Source(tokens, probabilities, after, np.ones(shape[:2], dtype=np.int64), origins, proposer.height)
 

@@ -182,38 +182,35 @@ class Rated:
 
 
 class TextSource:
-    """Continuations of B texts. A state: those that are followed still, and for how many tokens. Contract:
-    ``sources.Proposer``."""
+    """Continuations of B texts. Contract: ``sources.Proposer``."""
 
     height = HEIGHT
 
     def __init__(self, texts: list[list[Rated]]) -> None:
         self.texts = texts
 
-    def start(self, b: int) -> tuple[int, ...]:
-        return (0, *range(len(self.texts[b])))
-
-    def row(self, b: int, state: tuple[int, ...]) -> "TextRow":
-        depth, *followed = state
-        return TextRow(depth, {number: self.texts[b][number] for number in followed} if depth < HEIGHT else {})
+    def start(self, b: int) -> "TextRow":
+        return TextRow(0, self.texts[b])
 
 
 class TextRow:
-    """A state."""
+    """A state: the continuations that are followed still, and for how many tokens."""
 
-    def __init__(self, depth: int, followed: dict[int, Rated]) -> None:
+    def __init__(self, depth: int, followed: list[Rated]) -> None:
         self.depth, self.followed = depth, followed
-        proposed = [
-            (each.probabilities[depth - each.start], each.tokens[depth], TEXT)
-            for each in followed.values()
-            if depth >= each.start
+        self.options = [
+            (each.probabilities[depth - each.start], each.tokens[depth], TEXT) for each in followed if depth >= each.start
         ]
-        total = sum(p for p, _, _ in proposed)
-        # Two continuations together can't be likelier than certain.
-        self.options = proposed if total <= 1 else [(p / total, token, origin) for p, token, origin in proposed]
+        if len(self.options) > 1 and (total := sum([p for p, _, _ in self.options])) > 1:
+            # Two continuations together can't be likelier than certain.
+            self.options = [(p / total, token, origin) for p, token, origin in self.options]
 
-    def after(self, token: int) -> tuple[int, ...]:
-        return (self.depth + 1, *(number for number, each in self.followed.items() if each.tokens[self.depth] == token))
+    def after(self, token: int) -> "TextRow":
+        followed = [each for each in self.followed if each.tokens[self.depth] == token]
+        return TextRow(self.depth + 1, followed) if followed and self.depth + 1 < HEIGHT else SILENT
+
+
+SILENT = TextRow(HEIGHT, [])
 
 
 class TextIndex:

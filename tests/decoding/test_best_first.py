@@ -13,7 +13,7 @@ from decoding.best_first import grow
 from decoding.drafts import Draft, Redrafts
 from decoding.sources import FIRST, ORIGINS, SECOND, TEXT, Source
 
-NEUTRAL = np.ones((1 << len(ORIGINS), 1), np.float32)
+NEUTRAL = np.ones((1, 1 << len(ORIGINS)), np.float32)
 MEMORIES = [np.asarray, torch.asarray]
 
 
@@ -49,7 +49,7 @@ def moved(x, memory):
 
 
 def factors_of(rng):
-    return np.exp(rng.normal(size=(1 << len(ORIGINS), 4))).astype(np.float32)
+    return np.exp(rng.normal(size=(4, 1 << len(ORIGINS)))).astype(np.float32)
 
 
 def by_heap(given, b, nodes, factors):
@@ -69,7 +69,7 @@ def by_heap(given, b, nodes, factors):
             by = proposed(source, state, source.origins)
             origins = origins | {t: o | origins.get(t, 0) for t, o in by.items()}
             found = {t: p * left for t, p in found.items() if t not in own} | both
-        weights = {t: float(factors[origins[t], min(depth, 3)]) for t in found}
+        weights = {t: float(factors[min(depth, 3), origins[t]]) for t in found}
         return {t: p * weights[t] / (1 - p + p * weights[t]) for t, p in found.items()}
 
     def step(states, token):

@@ -14,7 +14,7 @@ from decoding.sequence import Sequence
 from decoding.sources import NGRAMS, ORIGINS, Source
 from engines.sampling import choose, exponentials
 
-NEUTRAL = np.ones((1 << len(ORIGINS), 1), np.float32)
+NEUTRAL = np.ones((1, 1 << len(ORIGINS)), np.float32)
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**20))

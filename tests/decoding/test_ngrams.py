@@ -12,7 +12,7 @@ from decoding.sequence import Sequence
 from decoding.sources import NGRAMS, ORIGINS, spread
 from tests.decoding import toys
 
-NEUTRAL = np.ones((1 << len(ORIGINS), 1), np.float32)
+NEUTRAL = np.ones((1, 1 << len(ORIGINS)), np.float32)
 
 
 def contexts_of(table):

@@ -172,13 +172,13 @@ def test_probabilities_are_corrected_by_what_comes():
     for _ in range(3000):
         hit = rng.random() < 0.8
         calibration.learn(Walk(None, [0, 1] if hit else [0], [], [4, 5], [-1, 0], [0, 1], [0, 1], [1.0, p]))
-        factor = calibration.factors[1, 1]
+        factor = calibration.factors[1][1]
         p = 0.5 * factor / (0.5 + 0.5 * factor)
     assert p == pytest.approx(0.8, abs=0.08)
-    assert calibration.factors[2].tolist() == [1.0] * calibration.factors.shape[1]
+    assert {row[2] for row in calibration.factors} == {1.0}
     for _ in range(3000):
         calibration.learn(Walk(None, [0], [], [4, 5], [-1, 0], [0, 1], [0, 1], [1.0, 0.9]))
-    assert calibration.factors.min() >= np.exp(-1.51)
+    assert min(map(min, calibration.factors)) >= np.exp(-1.51)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -56,14 +56,14 @@ def test_a_source_is_a_trie_of_continuations():
     text = Text()
     sequence = Sequence([1, 2, 5, 6, 7, 1, 2, 5, 8, 9, 1, 2], 5)
     source = text.propose([sequence, Sequence([1, 2, 3], 4)])
-    root = source.row(0, source.start(0))
+    root = source.start(0)
     assert [token for _, token, _ in root.options] == [5]
-    fork = source.row(0, root.after(5))
+    fork = root.after(5)
     assert sorted(token for _, token, _ in fork.options) == [6, 8]
     assert sum(p for p, _, _ in fork.options) <= 1.0001
-    assert [token for _, token, _ in source.row(0, fork.after(6)).options] == [7]
-    assert source.row(0, fork.after(4)).options == []
-    assert source.row(1, source.start(1)).options == []
+    assert [token for _, token, _ in fork.after(6).options] == [7]
+    assert fork.after(4).options == []
+    assert source.start(1).options == []
 
 
 def test_a_continuation_ends():
@@ -71,9 +71,9 @@ def test_a_continuation_ends():
     source = text.propose([Sequence([1, 2, 1, 2], 5)])
     state = source.start(0)
     for _ in range(HEIGHT):
-        ((_, token, _),) = source.row(0, state).options
-        state = source.row(0, state).after(token)
-    assert source.row(0, state).options == []
+        ((_, token, _),) = state.options
+        state = state.after(token)
+    assert state.options == []
 
 
 def test_what_matches_are_worth_is_learned():
@@ -89,7 +89,7 @@ def test_what_matches_are_worth_is_learned():
 
     def believed(sequence):
         source = text.propose([sequence])
-        return max(p for p, _, _ in source.row(0, source.start(0)).options)
+        return max(p for p, _, _ in source.start(0).options)
 
     before = believed(true)
     text.propose([false])
