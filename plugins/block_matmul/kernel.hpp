@@ -246,7 +246,7 @@ template <size_t Block, bool>
 struct Floats {
     using Code = float;
     static constexpr size_t BYTES = LANES * Block * sizeof(float);
-    static constexpr size_t ROWS = TILES == 2 ? 4 : 3;  // whose sums leave registers for what is read
+    static constexpr size_t ROWS = TILES == 2 ? 8 : 3;  // whose sums leave registers for what is read
 
     template <size_t R>
     INLINE static void add(const uint8_t* const (&w)[TILES], const Rows<Code>& x, Reals (&out)[R][TILES]) {
@@ -290,6 +290,14 @@ void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, 
         }
 }
 
+// The same for so many rows, R at most.
+template <typename Form, size_t Block, size_t R>
+void tile_of(size_t rows, const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, size_t column, size_t shares) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<Form, Block, R - 1>(rows, matrix, x, row, column, shares);
+    tile<Form, Block, R>(matrix, x, row, column, shares);
+}
+
 template <typename Form, size_t Block>
 void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::vector<Matrix>& matrices) {
     size_t parts = 0;
@@ -301,11 +309,7 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::v
         size_t row = 0;
         for (; row + Form::ROWS <= rows; row += Form::ROWS)
             tile<Form, Block, Form::ROWS>(*matrix, x, row, column, shares);
-        switch (rows - row) {
-            case 3: return tile<Form, Block, 3>(*matrix, x, row, column, shares);
-            case 2: return tile<Form, Block, 2>(*matrix, x, row, column, shares);
-            case 1: return tile<Form, Block, 1>(*matrix, x, row, column, shares);
-        }
+        if (row < rows) tile_of<Form, Block, Form::ROWS - 1>(rows - row, *matrix, x, row, column, shares);
     });
 }
 
@@ -329,7 +333,8 @@ void multiply_as(const Given& given, size_t rows, size_t depth, const std::vecto
 // scales and minima are f16.
 inline void multiply(const Given& given, size_t rows, size_t depth, const std::vector<Matrix>& matrices, int64_t bits,
                      int64_t block, bool half) {
-    const auto as = bits == 32    ? multiply_as<Floats, 32, false>
+    // Floats could be taken in blocks of any size: small ones spread what is fetched over what is multiplied.
+    const auto as = bits == 32    ? multiply_as<Floats, 2, false>
                     : bits == 4   ? (half ? multiply_as<FourBits, 32, true> : multiply_as<FourBits, 32, false>)
                     : block == 32 ? (half ? multiply_as<EightBits, 32, true> : multiply_as<EightBits, 32, false>)
                                   : (half ? multiply_as<EightBits, 16, true> : multiply_as<EightBits, 16, false>);
