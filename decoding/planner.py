@@ -46,7 +46,7 @@ KEPT, KEPT_WEIGHT, KEPT_MEMORY = 0.8, 12.0, 1 / 64
 LEVEL_MEMORY = 16.0  # tokens of a sequence's drafts that count as much as all that is known of others
 # Of a tree with a first draft, before any was seen: the value of its 1st node, and of each further one to that before it, as
 # the demo's drafters have it.
-PRIOR = (0.4, 0.63), (0.41, 0.73), (0.8, 0.85)
+PRIOR = (0.33, 0.7), (0.54, 0.73), (0.9, 0.83)
 # What cycles take, of what their engines' calls cost, before any was seen: trees are grown, walked and kept beside these.
 BESIDE = {"plain": 1.03, "text": 1.1, "draft": 1.1, "redraft": 1.1}
 BESIDE_MEMORY = 1 / 16
