@@ -81,12 +81,9 @@ class SourceRow:
         self.options: list[Option] = [option for option in proposed if option[0] > 0]
 
     def after(self, token: int) -> "SourceRow":
-        own = token in self.tokens
-        where = (
-            self.source.after[self.b, self.state, self.tokens.index(token)]
-            if own
-            else self.source.otherwise[self.b, self.state]
-        )
+        spot = self.b, self.state
+        known = token in self.tokens
+        where = self.source.after[spot][self.tokens.index(token)] if known else self.source.otherwise[spot]
         state = int(where)
         return self.rows.get(state) or SourceRow(self.source, self.b, state, self.rows)
 
