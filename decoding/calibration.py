@@ -1,7 +1,6 @@
 """What probabilities are worth: corrected by what the target said, for each origin and depth (docs/method.md §4)."""
 
 import math
-from collections.abc import Iterable
 
 from decoding.acceptance import Walk
 from decoding.sources import ORIGINS, TEXT
@@ -14,24 +13,25 @@ LIMIT = 1.5  # of a correction, in logits
 
 
 class Calibration:
-    """Corrections of the logit of a node's probability, its parent being accepted: of an origin, and of one at a depth.
-
-    Attributes:
-        factors: ``[DEPTHS][origins]``, what the odds of a node are multiplied by; the last row for deeper ones, too.
-    """
+    """Corrections of the logit of a node's probability, its parent being accepted: of an origin, and of one at a depth."""
 
     def __init__(self) -> None:
         origins = 1 << len(ORIGINS)
         self.shared = [TEXT_PRIOR if origin & TEXT else 0.0 for origin in range(origins)]
         self.own = [[0.0] * DEPTHS for _ in range(origins)]
-        self.factors = [[1.0] * origins for _ in range(DEPTHS)]
-        self._settle(range(origins))
+        self._factors = [[1.0] * origins for _ in range(DEPTHS)]
+        self._stale = set(range(origins))
 
-    def _settle(self, origins: Iterable[int]) -> None:
-        for origin in origins:
+    @property
+    def factors(self) -> list[list[float]]:
+        """``[DEPTHS][origins]``, what the odds of a node are multiplied by; the last row for deeper ones, too; the same
+        lists each time."""
+        for origin in self._stale:
             shared = self.shared[origin]
             for depth, own in enumerate(self.own[origin]):
-                self.factors[depth][origin] = math.exp(_limited(shared + own))
+                self._factors[depth][origin] = math.exp(_limited(shared + own))
+        self._stale.clear()
+        return self._factors
 
     def corrected(self, values: list[float], origin: int) -> list[float]:
         """Values as one origin's first nodes are corrected."""
@@ -42,16 +42,15 @@ class Calibration:
 
     def learn(self, walk: Walk) -> None:
         """Compare a tree with the walk through it: every child of an accepted node was put to the test."""
-        accepted, corrected = set(walk.accepted), set()
+        accepted = set(walk.accepted)
         for node in range(1, len(walk.parents)):
             parent = walk.parents[node]
             if parent in accepted and walk.values[node] > 0:
                 step = RATE * ((node in accepted) - walk.values[node] / walk.values[parent])
                 origin, depth = walk.origins[node], min(walk.depths[node], DEPTHS - 1)
-                corrected.add(origin)
+                self._stale.add(origin)
                 self.shared[origin] = _limited(self.shared[origin] + SHARED * step)
                 self.own[origin][depth] = _limited(self.own[origin][depth] + (1 - SHARED) * step)
-        self._settle(corrected)
 
 
 def _limited(logit: float) -> float:

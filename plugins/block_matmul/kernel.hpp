@@ -290,14 +290,6 @@ void tile(const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, 
         }
 }
 
-// The same for so many rows, R at most.
-template <typename Form, size_t Block, size_t R>
-void tile_of(size_t rows, const Matrix& matrix, const Rows<typename Form::Code>& x, size_t row, size_t column, size_t shares) {
-    if constexpr (R > 1)
-        if (rows < R) return tile_of<Form, Block, R - 1>(rows, matrix, x, row, column, shares);
-    tile<Form, Block, R>(matrix, x, row, column, shares);
-}
-
 template <typename Form, size_t Block>
 void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::vector<Matrix>& matrices) {
     size_t parts = 0;
@@ -306,10 +298,7 @@ void multiply_rows(const Rows<typename Form::Code>& x, size_t rows, const std::v
         auto matrix = matrices.begin();
         for (; part >= matrix->parts(); matrix++) part -= matrix->parts();
         const size_t column = part * COLUMNS, shares = (rows + Form::ROWS - 1) / Form::ROWS;
-        size_t row = 0;
-        for (; row + Form::ROWS <= rows; row += Form::ROWS)
-            tile<Form, Block, Form::ROWS>(*matrix, x, row, column, shares);
-        if (row < rows) tile_of<Form, Block, Form::ROWS - 1>(rows - row, *matrix, x, row, column, shares);
+        some_at_a_time<Form::ROWS>(rows, [&](size_t row, auto n) { tile<Form, Block, n>(*matrix, x, row, column, shares); });
     });
 }
 

@@ -18,7 +18,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "../openvino/vectors.hpp"
@@ -201,13 +200,6 @@ INLINE void gather_all(const Weights* weights, const Stored* values, size_t dim,
     size_t d = 0;
     for (; d + REGISTERS * LANES <= dim; d += REGISTERS * LANES) gather<Count, REGISTERS>(weights, values, dim, keys, out, d);
     for (; d < dim; d += LANES) gather<Count, 1>(weights, values, dim, keys, out, d);
-}
-
-// Queries first to count, at most Most at a time: of(the first of them, how many).
-template <size_t Most, typename Of>
-INLINE void some_at_a_time(size_t count, Of of, size_t first = 0) {
-    for (; first + Most <= count; first += Most) of(first, std::integral_constant<size_t, Most>());
-    if constexpr (Most > 1) some_at_a_time<Most == 8 ? 4 : Most - 1>(count, of, first);
 }
 
 constexpr size_t TOGETHER = LANES == 16 ? 4 : 2;  // queries, as there are registers for; of pairs twice as many look at keys

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define INLINE __attribute__((always_inline)) inline  // or sums leave their registers for a call
 #define UNROLLED _Pragma("GCC unroll 8")              // or they leave them in every step
@@ -27,6 +28,13 @@ INLINE Brief brief(float x) {  // to the nearest, or to the even one
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
+// Rows first to count, at most Most at a time: of(the first of them, how many).
+template <size_t Most, typename Of>
+INLINE void some_at_a_time(size_t count, Of of, size_t first = 0) {
+    for (; first + Most <= count; first += Most) of(first, std::integral_constant<size_t, Most>());
+    if constexpr (Most > 1) some_at_a_time<Most == 8 ? 4 : Most - 1>(count, of, first);
 }
 
 constexpr size_t EIGHT = 8;  // floats, of which some functions make do
